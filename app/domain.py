@@ -1,0 +1,189 @@
+"""The nouns of Cleave: small frozen dataclasses, also what crosses a process.
+
+`Document` > `Chunk` (a run of a document that fits the encoder) > `Passage` (a chunk found for a question).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+Scalar: TypeAlias = str | int | float | bool
+Metadata: TypeAlias = Mapping[str, Scalar]
+Filters: TypeAlias = Mapping[str, Scalar | list[Scalar]]
+"""Exact match per metadata field; a list matches any of its values. All fields must match."""
+
+Role: TypeAlias = Literal["system", "user", "assistant"]
+FinishReason: TypeAlias = Literal["stop", "length"]
+Grounding: TypeAlias = Literal["gate", "flag", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One piece of writing. `url` is where a reader finds it; empty when it has no address."""
+
+    id: str
+    title: str
+    text: str
+    url: str = ""
+    metadata: Metadata = field(default_factory=dict)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over everything a reader or a filter can see; equal hash means nothing to do."""
+        content = [self.title, self.text, self.url, sorted(self.metadata.items())]
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of a document's text, `document.text[start:end]`; `heading` is the section it stands in."""
+
+    index: int
+    text: str
+    start: int
+    end: int
+    heading: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChunk:
+    """A chunk with its vectors: `dense` has the encoder's dimension, `sparse` maps term to weight."""
+
+    chunk: Chunk
+    dense: tuple[float, ...]
+    sparse: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """What the store says of a document, without its text."""
+
+    id: str
+    title: str
+    url: str
+    metadata: Metadata
+    num_chunks: int
+    num_characters: int
+    content_hash: str
+    ingested_at: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class IngestReceipt:
+    """What became of one document. `error` is set exactly when `status` is `failed`."""
+
+    document_id: str
+    status: Literal["created", "updated", "unchanged", "failed"]
+    num_chunks: int = 0
+    num_truncated_chunks: int = 0
+    """Chunks that the encoder's window would cut: always 0, counted to prove it."""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """A sentence of a passage with its cosine to the question, in [-1, 1]."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A chunk found for a question. `score` is the engine's fused score: only its order means something."""
+
+    chunk_id: str
+    document_id: str
+    title: str
+    url: str
+    metadata: Metadata
+    text: str
+    score: float
+    sentences: tuple[Sentence, ...] = ()
+
+    @property
+    def relevance(self) -> float:
+        """Cosine of the question and the nearest sentence: comparable between questions."""
+        return max((sentence.score for sentence in self.sentences), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """Passages, best first, with the time that each stage took."""
+
+    passages: tuple[Passage, ...]
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample. `max_tokens` bounds the completion; `stop` strings are not part of the answer."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """All that an engine needs. It packs `passages` (best first) into its context window by its own tokenizer.
+
+    The last message is the question. Without passages the messages are sent as they are.
+    """
+
+    request_id: str
+    messages: tuple[Message, ...]
+    sampling: SamplingParams
+    passages: tuple[Passage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of generated text. The first one of a stream says how the prompt was packed.
+
+    `num_presented` is how many of the request's passages fitted into the prompt.
+    """
+
+    text: str
+    completion_tokens: int = 0
+    """Tokens generated so far."""
+    prompt_tokens: int = 0
+    num_presented: int = 0
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What an engine serves. `context_window` is in tokens, prompt and completion together."""
+
+    id: str
+    engine: str
+    context_window: int
+    num_running: int = 0
+    """Requests that the engine holds right now."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetrieverInfo:
+    """What a retriever holds. `filter_fields` are the metadata fields that a filter may name."""
+
+    collection: str
+    num_documents: int
+    num_chunks: int
+    filter_fields: tuple[str, ...]
+    embedding_model: str

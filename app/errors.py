@@ -1,0 +1,143 @@
+"""Every error that Cleave raises on purpose, each with its HTTP status and code.
+
+CleaveError
+ +- InvalidRequest            400  the caller can fix it; `param` names the field
+ |   +- UnsupportedParameter  400
+ |   +- ContextTooLong        400
+ |   +- UnknownFilter         400
+ |   +- UnreadableFile        400
+ |   +- TooLarge              413
+ +- NotFound                  404
+ |   +- ModelNotFound         404
+ |   +- DocumentNotFound      404
+ +- Unavailable               503  try again; `retry_after_s` says when
+ |   +- LLMUnavailable        503
+ |   +- RetrieverUnavailable  503
+ |   +- Overloaded            429
+ +- DeadlineExceeded          504
+ +- ConfigurationError        500  the service does not start; the message says what to change
+     +- CollectionMismatch    500
+
+Adapters translate foreign errors into these at their border; the API turns them into OpenAI error objects in
+one handler. They pickle, so they cross processes unchanged.
+"""
+
+
+class CleaveError(Exception):
+    """Base of all; the message is one line that a user can act on."""
+
+    status = 500
+    code = "internal_error"
+    type = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(CleaveError):
+    """The request is wrong in itself."""
+
+    status = 400
+    code = "invalid_value"
+    type = "invalid_request_error"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A parameter that means something, which Cleave does not do."""
+
+    code = "unsupported_parameter"
+
+
+class ContextTooLong(InvalidRequest):
+    """Messages that do not fit the model's context window."""
+
+    code = "context_length_exceeded"
+
+
+class UnknownFilter(InvalidRequest):
+    """A filter on a field that no document has."""
+
+    code = "unknown_filter"
+
+
+class UnreadableFile(InvalidRequest):
+    """A file that holds no text we can take, with the reason."""
+
+    code = "unreadable_file"
+
+
+class TooLarge(InvalidRequest):
+    """A body or a file over the limit."""
+
+    status = 413
+    code = "too_large"
+
+
+class NotFound(CleaveError):
+    """There is no such thing."""
+
+    status = 404
+    code = "not_found"
+    type = "invalid_request_error"
+
+
+class ModelNotFound(NotFound):
+    """A model that is not served here."""
+
+    code = "model_not_found"
+
+
+class DocumentNotFound(NotFound):
+    """A document id that the collection does not hold."""
+
+    code = "document_not_found"
+
+
+class Unavailable(CleaveError):
+    """A part is down or starting; the same request can succeed later."""
+
+    status = 503
+    code = "unavailable"
+
+
+class LLMUnavailable(Unavailable):
+    """The language model does not answer."""
+
+    code = "llm_unavailable"
+
+
+class RetrieverUnavailable(Unavailable):
+    """The retriever does not answer."""
+
+    code = "retriever_unavailable"
+
+
+class Overloaded(Unavailable):
+    """Too many requests at once."""
+
+    status = 429
+    code = "overloaded"
+    type = "rate_limit_error"
+
+
+class DeadlineExceeded(CleaveError):
+    """The request's deadline passed."""
+
+    status = 504
+    code = "deadline_exceeded"
+    type = "timeout_error"
+
+
+class ConfigurationError(CleaveError):
+    """The service cannot start like this."""
+
+    code = "configuration_error"
+
+
+class CollectionMismatch(ConfigurationError):
+    """The collection was written with other settings than those it is opened with."""
+
+    code = "collection_mismatch"

@@ -1,0 +1,131 @@
+"""The one settings tree: what `args:` in serve_config.yaml may say, and its defaults.
+
+The Serve builders take `Settings` as their typed argument and the CLI reads the same file, so a misspelt key is an
+error everywhere. Each part of the service is handed only its own branch.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from app.domain import Grounding
+from app.errors import ConfigurationError
+
+Device = Literal["gpu", "cpu"]
+
+
+class Branch(BaseModel):
+    """A branch of the tree: frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class EmbeddingSettings(Branch):
+    """The encoder. Changing it needs a new collection: what it wrote before cannot be compared."""
+
+    model: str = Field("all-MiniLM-L6-v2", description="bundled name, hub-id[@revision], or folder")
+    batch_size: int = Field(32, ge=1, le=1024)
+    num_threads: int = Field(2, ge=1, description="CPU threads of one retriever replica")
+
+
+class ChunkingSettings(Branch):
+    """How documents are cut. Lengths are tokens of the encoder."""
+
+    max_tokens: int = Field(160, ge=16, description="of one chunk's text, without its title")
+
+
+class StoreSettings(Branch):
+    """Where chunks live. `embedded` has one owner process; `server` is a Qdrant server; `memory` is for tests."""
+
+    kind: Literal["embedded", "server", "memory"] = "embedded"
+    url: str = "http://127.0.0.1:6333"
+    api_key: str | None = Field(None, repr=False, description="better: the environment variable QDRANT_API_KEY")
+    collection: str = Field("default", pattern=r"^[A-Za-z0-9_-]{1,64}$")
+
+
+class RetrievalSettings(Branch):
+    """How passages are found: dense and BM25 lists, fused by weighted reciprocal rank in the engine."""
+
+    top_k: int = Field(5, ge=1, le=50, description="passages a request gets when it does not say")
+    num_candidates: int = Field(50, ge=1, le=1000, description="length of each list before fusion")
+    dense_weight: float = Field(1.0, ge=0)
+    sparse_weight: float = Field(1.0, ge=0)
+    min_relevance: float = Field(0.0, ge=-1, le=1, description="below this cosine nothing counts as found")
+
+
+class ModelByDevice(Branch):
+    """A model per device, so that one file serves a laptop and a GPU box."""
+
+    gpu: str
+    cpu: str
+
+    def on(self, device: Device) -> str:
+        return self.gpu if device == "gpu" else self.cpu
+
+
+class LLMSettings(Branch):
+    """The language model and its engine. Models are a bundled name, hub-id[@revision], or a folder."""
+
+    engine: Literal["vllm", "extractive"] = "vllm"
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    model: str | ModelByDevice = ModelByDevice(gpu="Qwen/Qwen3-4B-Instruct-2507", cpu="SmolLM2-135M-Instruct")
+    max_model_len: int | None = Field(None, ge=256, description="context window in tokens; default: the model's own")
+    max_num_seqs: int = Field(32, ge=1, description="requests that the engine runs at once")
+    stream_interval: int = Field(8, ge=1, description="tokens per message after the first")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on the CPU, GiB; a GPU takes what is free")
+    num_threads: int = Field(2, ge=1, description="CPU threads of the engine on the CPU")
+    chat_template: Path | None = Field(None, description="a Jinja file, for a model without its own template")
+    engine_options: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's AsyncEngineArgs")
+
+    def model_on(self, device: Device) -> str:
+        return self.model if isinstance(self.model, str) else self.model.on(device)
+
+
+class AnswerSettings(Branch):
+    """How an answer is made."""
+
+    grounding: Grounding | Literal["auto"] = Field("auto", description="auto: gate on the CPU, flag on a GPU")
+    num_passages: int = Field(3, ge=1, le=50, description="passages put into the prompt")
+    max_tokens: int = Field(256, ge=1, description="of a completion when the request does not say")
+    temperature: float = Field(0.0, ge=0, le=2)
+    timeout_s: float = Field(60.0, gt=0, description="deadline of a request that names none")
+
+
+class APISettings(Branch):
+    """Limits of the HTTP border."""
+
+    max_file_bytes: int = Field(25 * 2**20, ge=1)
+    max_body_bytes: int = Field(100 * 2**20, ge=1)
+
+
+class LoggingSettings(Branch):
+    """Structured logs on standard error."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["json", "text"] = "json"
+
+
+class Settings(Branch):
+    """The whole tree."""
+
+    data_dir: Path = Field(Path(".cleave"), description="everything that Cleave keeps: documents and prepared models")
+    seed: Path | None = Field(None, description="a file or folder that a new, empty collection is filled from")
+    embedding: EmbeddingSettings = EmbeddingSettings()
+    chunking: ChunkingSettings = ChunkingSettings()
+    store: StoreSettings = StoreSettings()
+    retrieval: RetrievalSettings = RetrievalSettings()
+    llm: LLMSettings = LLMSettings()
+    answer: AnswerSettings = AnswerSettings()
+    api: APISettings = APISettings()
+    logging: LoggingSettings = LoggingSettings()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Settings":
+        if self.answer.num_passages > self.retrieval.top_k:
+            raise ValueError(
+                f"answer.num_passages ({self.answer.num_passages}) is more than retrieval.top_k "
+                f"({self.retrieval.top_k}): raise top_k or lower num_passages"
+            )
+        return self
