@@ -17,6 +17,9 @@ Filters: TypeAlias = Mapping[str, Scalar | list[Scalar]]
 Role: TypeAlias = Literal["system", "user", "assistant"]
 FinishReason: TypeAlias = Literal["stop", "length"]
 Grounding: TypeAlias = Literal["gate", "flag", "off"]
+Grounded: TypeAlias = Literal["model", "mixed", "quotes", "refused", "flagged", "unchecked"]
+"""How an answer came about: the model's sentences, all supported; some of them replaced by quotes; quotes only; the
+documents hold no answer; the model's sentences, some named as unsupported; not checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,16 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchQuery:
+    """What to find. The sentences of the best `num_scored` passages get their cosine to the question."""
+
+    text: str
+    top_k: int
+    filters: Filters = field(default_factory=dict)
+    num_scored: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SearchResult:
     """Passages, best first, with the time that each stage took."""
 
@@ -143,20 +156,23 @@ class SamplingParams:
 class GenerationRequest:
     """All that an engine needs. It packs `passages` (best first) into its context window by its own tokenizer.
 
-    The last message is the question. Without passages the messages are sent as they are.
+    The last message is the question. Without passages the messages are sent as they are, else `instructions` go
+    before them.
     """
 
     request_id: str
     messages: tuple[Message, ...]
     sampling: SamplingParams
     passages: tuple[Passage, ...] = ()
+    instructions: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """A piece of generated text. The first one of a stream says how the prompt was packed.
 
-    `num_presented` is how many of the request's passages fitted into the prompt.
+    `num_presented` is how many of the request's passages fitted into the prompt, `num_dropped_messages` how many of its
+    oldest turns did not.
     """
 
     text: str
@@ -164,7 +180,10 @@ class Delta:
     """Tokens generated so far."""
     prompt_tokens: int = 0
     num_presented: int = 0
+    num_dropped_messages: int = 0
     finish_reason: FinishReason | None = None
+    is_quote: bool = False
+    """The text is quoted from the passages, markers included: there is nothing to check."""
 
 
 @dataclass(frozen=True, slots=True)

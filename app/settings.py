@@ -7,11 +7,9 @@ error everywhere. Each part of the service is handed only its own branch.
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.domain import Grounding
-from app.errors import ConfigurationError
 
 Device = Literal["gpu", "cpu"]
 
@@ -52,7 +50,6 @@ class RetrievalSettings(Branch):
     num_candidates: int = Field(50, ge=1, le=1000, description="length of each list before fusion")
     dense_weight: float = Field(1.0, ge=0)
     sparse_weight: float = Field(1.0, ge=0)
-    min_relevance: float = Field(0.0, ge=-1, le=1, description="below this cosine nothing counts as found")
 
 
 class ModelByDevice(Branch):
@@ -62,6 +59,7 @@ class ModelByDevice(Branch):
     cpu: str
 
     def on(self, device: Device) -> str:
+        """Pick the model for a device."""
         return self.gpu if device == "gpu" else self.cpu
 
 
@@ -80,6 +78,7 @@ class LLMSettings(Branch):
     engine_options: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's AsyncEngineArgs")
 
     def model_on(self, device: Device) -> str:
+        """Pick the model for a device; a plain name serves both."""
         return self.model if isinstance(self.model, str) else self.model.on(device)
 
 
@@ -88,9 +87,11 @@ class AnswerSettings(Branch):
 
     grounding: Grounding | Literal["auto"] = Field("auto", description="auto: gate on the CPU, flag on a GPU")
     num_passages: int = Field(3, ge=1, le=50, description="passages put into the prompt")
+    min_evidence: float = Field(0.48, ge=-1, le=1.5, description="below this the documents do not hold the answer")
     max_tokens: int = Field(256, ge=1, description="of a completion when the request does not say")
     temperature: float = Field(0.0, ge=0, le=2)
     timeout_s: float = Field(60.0, gt=0, description="deadline of a request that names none")
+    first_token_timeout_s: float = Field(20.0, gt=0, description="after this the answer is quoted instead")
 
 
 class APISettings(Branch):

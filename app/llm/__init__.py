@@ -1,4 +1,4 @@
-"""The language model: one interface; vLLM in process (`vllm_engine.py`) and quotes without a model (`extractive.py`)."""
+"""The language model: one interface; vLLM in this process, or quotes without a model."""
 
 from collections.abc import AsyncGenerator
 from typing import Protocol

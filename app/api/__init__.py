@@ -1,0 +1,39 @@
+"""The HTTP border: an ordinary FastAPI application over the parts it is given."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+
+from app.api.chat import chat_router
+from app.api.documents import documents_router
+from app.api.errors import install_error_handlers
+from app.api.health import health_router
+from app.api.middleware import BodyLimit, RequestContext
+from app.services import Services
+
+WEB = Path(__file__).parent.parent / "web"
+
+
+def create_api(services: Services) -> FastAPI:
+    """Build the application; it holds no state of its own."""
+    api = FastAPI(
+        title="Cleave",
+        version=version("cleave"),
+        description="Answers from your own writing, with citations. The chat routes speak OpenAI's API.",
+    )
+    api.add_middleware(BodyLimit, max_bytes=services.settings.api.max_body_bytes)
+    api.add_middleware(RequestContext)
+    install_error_handlers(api)
+    api.include_router(health_router(services))
+    api.include_router(chat_router(services))
+    api.include_router(documents_router(services))
+    api.mount("/web", StaticFiles(directory=WEB), name="web")
+
+    @api.get("/", include_in_schema=False)
+    async def chat_page() -> FileResponse:
+        return FileResponse(WEB / "index.html")
+
+    return api

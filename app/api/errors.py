@@ -1,0 +1,65 @@
+"""Every error on every route as an OpenAI error object."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from app.errors import CleaveError, InvalidRequest, NotFound
+from app.telemetry import logger, request_id
+
+STATUS_NAMES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
+
+
+def error_body(error: CleaveError) -> dict[str, Any]:
+    """Build the error object of one error."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def install_error_handlers(api: FastAPI) -> None:
+    """Answer every kind of failure in the one shape."""
+    api.add_exception_handler(CleaveError, _cleave_error)
+    api.add_exception_handler(RequestValidationError, _validation_error)
+    api.add_exception_handler(HTTPException, _http_error)
+    api.add_exception_handler(Exception, _unexpected_error)
+
+
+def internal_error(error: BaseException) -> CleaveError:
+    """Log an error that nobody foresaw, and give the caller what to quote in a report."""
+    logger.error("unexpected error", exc_info=error)
+    return CleaveError(f"Internal error. The service's log has the details under request id {request_id.get()!r}.")
+
+
+async def _cleave_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, CleaveError)
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
+    return JSONResponse(error_body(error), error.status, headers)
+
+
+async def _validation_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    if first["type"] == "json_invalid":
+        return await _cleave_error(_, InvalidRequest(f"The body is not valid JSON: {first['ctx']['error']}."))
+    where = f"{param}: " if param else ""
+    return await _cleave_error(_, InvalidRequest(f"{where}{first['msg']}.", param=param))
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        message = f"There is no {request.method} {request.url.path}. See /docs for the routes."
+        return await _cleave_error(request, NotFound(message))
+    translated = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}.")
+    translated.status = error.status_code
+    translated.code = STATUS_NAMES.get(error.status_code, "bad_request")
+    response = await _cleave_error(request, translated)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    return await _cleave_error(request, internal_error(error))

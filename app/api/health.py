@@ -1,0 +1,51 @@
+"""Routes: is the process alive, and can it answer."""
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+
+from app.errors import CleaveError
+from app.services import Services
+
+PROBE_TIMEOUT_S = 2.0
+
+
+def health_router(services: Services) -> APIRouter:
+    """Build the routes over the given parts."""
+    router = APIRouter(tags=["health"])
+
+    @router.get("/livez")
+    @router.get("/health")
+    async def live() -> dict[str, str]:
+        """Answer at once, without asking any other part: a slow dependency is no reason for a restart."""
+        return {"status": "ok"}
+
+    @router.get("/readyz")
+    async def ready(verbose: str | None = None) -> JSONResponse:
+        """Say whether questions can be answered: not without the retriever; without the LLM in quotes (`degraded`)."""
+        retriever, llm = await asyncio.gather(_probe(services.retriever.info()), _probe(services.llm.info()))
+        if "error" in retriever:
+            status, code = "not_ready", 503
+        else:
+            status, code = ("degraded" if "error" in llm else "ready"), 200
+        parts = {"parts": {"retriever": retriever, "llm": llm}} if verbose is not None or code != 200 else {}
+        return JSONResponse({"status": status, **parts}, code)
+
+    return router
+
+
+async def _probe(question: Awaitable[Any]) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            return {"status": "ok", **asdict(await question)}
+    except TimeoutError:
+        return {
+            "status": "unavailable",
+            "error": f"No answer within {PROBE_TIMEOUT_S:g} s; it may be busy or starting.",
+        }
+    except CleaveError as error:
+        return {"status": "unavailable", "error": error.message}

@@ -1,0 +1,103 @@
+"""What wraps every request: its id, its log line, and the limit of its body. Pure ASGI, so streams pass untouched."""
+
+import json
+import re
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import error_body
+from app.errors import TooLarge
+from app.telemetry import logger, request_id
+
+ACCEPTED_ID = re.compile(r"[\w.:-]{1,128}")
+QUIET_PATHS = frozenset({"/livez", "/readyz", "/health"})
+SECURITY_HEADERS = [
+    (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+PAGES_WITH_OWN_POLICY = frozenset({"/docs", "/redoc"})
+
+
+class RequestContext:
+    """Gives each request an id (the caller's, if it sends a sane one), returns it, and logs the outcome."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        current = given if ACCEPTED_ID.fullmatch(given) else uuid.uuid4().hex
+        token = request_id.set(current)
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                elapsed_ms = round((time.perf_counter() - started) * 1000)
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", current.encode()),
+                    (b"openai-processing-ms", str(elapsed_ms).encode()),
+                    *(() if scope["path"] in PAGES_WITH_OWN_POLICY else SECURITY_HEADERS),
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            if scope["path"] not in QUIET_PATHS:
+                # No status: the client left before there was one.
+                logger.info(
+                    "request",
+                    extra={
+                        "method": scope["method"],
+                        "path": scope["path"],
+                        "status": status or None,
+                        "duration_ms": round((time.perf_counter() - started) * 1000),
+                    },
+                )
+            request_id.reset(token)
+
+
+class BodyLimit:
+    """Refuses a body over the limit: at once by its declared length, else when it grows over it."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        declared = dict(scope.get("headers", [])).get(b"content-length", b"0")
+        if scope["type"] == "http" and declared.isdigit() and int(declared) > self._max_bytes:
+            await self._refuse(send)
+            return
+        num_received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal num_received
+            message = await receive()
+            num_received += len(message.get("body", b""))
+            if num_received > self._max_bytes:
+                raise self._error()
+            return message
+
+        await self._app(scope, limited_receive, send)
+
+    def _error(self) -> TooLarge:
+        return TooLarge(f"The body is over the limit of {self._max_bytes} bytes. Send less at once.")
+
+    async def _refuse(self, send: Send) -> None:
+        body = json.dumps(error_body(self._error())).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": body})

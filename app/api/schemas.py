@@ -1,0 +1,146 @@
+"""What goes over the wire: OpenAI's chat completions with one extension object, `rag`, and Cleave's own routes."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.domain import Message, SamplingParams, Scalar
+from app.errors import UnsupportedParameter
+
+PROFILE = "cleave"
+"""The model that answers from the documents; the raw language model is served under its own name."""
+
+ScalarOrList = Scalar | list[Scalar]
+Text = Annotated[str, Field(max_length=2_000_000)]
+
+UNSUPPORTED = {
+    "tools": "Cleave answers from documents; it calls no tools.",
+    "tool_choice": "Cleave answers from documents; it calls no tools.",
+    "functions": "Cleave answers from documents; it calls no functions.",
+    "function_call": "Cleave answers from documents; it calls no functions.",
+    "logprobs": "Log probabilities are not returned.",
+    "top_logprobs": "Log probabilities are not returned.",
+    "logit_bias": "Token biases are not applied.",
+    "audio": "Only text is produced.",
+    "prediction": "Predicted outputs are not used.",
+    "web_search_options": "Only the ingested documents are searched.",
+}
+"""Parameters that would change the answer if they were silently ignored. Others that are unknown are ignored."""
+
+
+class Wire(BaseModel):
+    """A body: no infinities, unknown fields kept for the check above."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class TextPart(BaseModel):
+    """A part of a message; only text is read."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class WireMessage(Wire):
+    """A turn of the conversation; `developer` is a newer name for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+
+    def to_domain(self) -> Message:
+        """Join the parts to one text."""
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return Message("system" if self.role == "developer" else self.role, text)
+
+
+class StreamOptions(Wire):
+    """Options of a stream."""
+
+    include_usage: bool = False
+
+
+class RAGOptions(BaseModel):
+    """How to answer from the documents; unknown keys are errors, since a misspelt filter must not be ignored."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    enabled: bool = True
+    filters: dict[str, ScalarOrList] = Field(default_factory=dict, examples=[{"author": "Marit Oldershaw"}])
+    top_k: int | None = Field(None, ge=1, le=50)
+    timeout_s: float | None = Field(None, gt=0, le=600)
+
+
+class ChatCompletionRequest(Wire):
+    """OpenAI's request body, with `rag`."""
+
+    model: str = Field(PROFILE, max_length=256)
+    messages: list[WireMessage] = Field(min_length=1, max_length=1000)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[Annotated[str, Field(min_length=1)]] | None = None
+    n: int | None = None
+    response_format: dict[str, Any] | None = None
+    rag: RAGOptions = RAGOptions()
+
+    def check_supported(self) -> None:
+        """Refuse by name what would otherwise be ignored silently. Raises `UnsupportedParameter`."""
+        if self.n not in (None, 1):
+            raise UnsupportedParameter("Only one answer is given per request: leave n out or set it to 1.", param="n")
+        if self.response_format and self.response_format.get("type") != "text":
+            raise UnsupportedParameter(
+                "Only plain text is produced: leave response_format out.", param="response_format"
+            )
+        if isinstance(self.stop, list) and len(self.stop) > 4:
+            raise UnsupportedParameter("At most 4 stop sequences are taken.", param="stop")
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and value not in (None, False, [], {}):
+                raise UnsupportedParameter(f"{UNSUPPORTED[name]} Leave {name!r} out.", param=name)
+
+    def sampling(self, *, max_tokens: int, temperature: float) -> SamplingParams:
+        """Fill what is not said from the service's defaults."""
+        return SamplingParams(
+            max_tokens=self.max_completion_tokens or self.max_tokens or max_tokens,
+            temperature=temperature if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            seed=self.seed,
+            stop=() if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+        )
+
+
+class SearchRequest(BaseModel):
+    """Retrieval alone."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    query: Text = Field(examples=["How long did the outage last?"])
+    top_k: int | None = Field(None, ge=1, le=50)
+    filters: dict[str, ScalarOrList] = Field(default_factory=dict)
+
+
+class DocumentBody(BaseModel):
+    """A document as JSON."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    text: str
+    id: str | None = Field(None, min_length=1, max_length=512, description="default: named after the content")
+    title: str = Field("", max_length=1000)
+    url: str = Field("", max_length=4000)
+    metadata: dict[str, Scalar] = Field(default_factory=dict, max_length=64)
+
+
+class DocumentsBody(BaseModel):
+    """Several documents as JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: list[DocumentBody] = Field(min_length=1, max_length=1000)

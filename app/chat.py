@@ -1,0 +1,300 @@
+"""The pipeline: plan the query, retrieve, generate, check. It cannot tell local parts from remote ones."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
+
+from app.chunking import sentences
+from app.citations import Citation, MarkerFilter, find_citations, without_markers
+from app.domain import (
+    Delta,
+    Filters,
+    FinishReason,
+    GenerationRequest,
+    Grounded,
+    Grounding,
+    Message,
+    Passage,
+    SamplingParams,
+    SearchQuery,
+)
+from app.errors import DeadlineExceeded, LLMUnavailable
+from app.gate import Gate
+from app.grounding import is_supported, rank_evidence
+from app.llm import LLM
+from app.llm.extractive import ExtractiveEngine
+from app.planning import plan_query
+from app.prompts import CITING_INSTRUCTIONS, PLAIN_INSTRUCTIONS
+from app.retrieval import Retriever
+from app.settings import AnswerSettings
+from app.telemetry import Stopwatch, logger
+
+REFUSAL = "The documents do not hold an answer to this question."
+RETRIEVAL_SHARE = 0.5
+"""Of the request's time: what retrieval may take, so that an answer can still be made."""
+QUOTING_RESERVE = 0.1
+"""Of the request's time: kept for quoting when the model does not come to an end."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """One question with its conversation."""
+
+    request_id: str
+    messages: tuple[Message, ...]
+    sampling: SamplingParams
+    top_k: int
+    timeout_s: float
+    filters: Filters = field(default_factory=dict)
+    use_documents: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerStart:
+    """The first event. `sources` are what was retrieved; markers count them from 1."""
+
+    sources: tuple[Passage, ...]
+    query: str
+    degraded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerText:
+    """A piece of the answer, markers checked."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerEnd:
+    """The last event."""
+
+    citations: tuple[Citation, ...]
+    grounded: Grounded
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    num_presented: int
+    num_removed_markers: int
+    unsupported: tuple[str, ...]
+    degraded: tuple[str, ...]
+    timings_ms: Mapping[str, float]
+
+
+AnswerEvent: TypeAlias = AnswerStart | AnswerText | AnswerEnd
+
+
+class ChatService:
+    """Answers questions from the documents of a retriever with the words of an LLM."""
+
+    def __init__(self, retriever: Retriever, llm: LLM, *, grounding: Grounding, settings: AnswerSettings) -> None:
+        self._retriever = retriever
+        self._llm = llm
+        self._fallback = ExtractiveEngine()
+        self._grounding = grounding
+        self._settings = settings
+
+    async def answer(self, request: ChatRequest) -> AsyncGenerator[AnswerEvent, None]:
+        """Yield an `AnswerStart`, the text in pieces, and an `AnswerEnd`.
+
+        The first event waits for the engine's first token, so an error that comes before it is raised in time to
+        become an HTTP status. Closing the generator aborts the engine's request.
+
+        Raises:
+            InvalidRequest, UnknownFilter, ContextTooLong: before the first event.
+            RetrieverUnavailable, LLMUnavailable, DeadlineExceeded.
+        """
+        run = _Run(request)
+        passages = await self._retrieve(run) if request.use_documents else ()
+        if request.use_documents and not self._holds_an_answer(run.query, passages):
+            yield AnswerStart(passages, run.query)
+            yield AnswerText(REFUSAL)
+            yield run.end(text=REFUSAL, grounded="refused")
+            return
+        engines = (self._llm, self._fallback)
+        generation = self._generation(request, passages)
+        async with run.first_delta(engines, generation, self._settings.first_token_timeout_s) as deltas:
+            yield AnswerStart(passages, run.query, tuple(run.degraded))
+            async with aclosing(self._checked(run, deltas, passages)) as pieces:
+                text = ""
+                async for piece in pieces:
+                    text += piece
+                    yield AnswerText(piece)
+        yield run.end(text=text, grounded=run.grounded)
+
+    async def _retrieve(self, run: "_Run") -> tuple[Passage, ...]:
+        run.query = plan_query(run.request.messages)
+        query = SearchQuery(run.query, run.request.top_k, run.request.filters, num_scored=self._settings.num_passages)
+        with run.watch.stage("retrieve"):
+            found = await run.within(
+                RETRIEVAL_SHARE * run.request.timeout_s, self._retriever.search(query), "retrieval"
+            )
+        run.watch.timings_ms |= {f"retrieve.{stage}": duration for stage, duration in found.timings_ms.items()}
+        return found.passages
+
+    def _holds_an_answer(self, question: str, passages: tuple[Passage, ...]) -> bool:
+        evidence = rank_evidence(question, passages)
+        if self._grounding == "off":
+            return bool(passages)
+        return bool(evidence) and evidence[0].score >= self._settings.min_evidence
+
+    def _generation(self, request: ChatRequest, passages: tuple[Passage, ...]) -> GenerationRequest:
+        instructions = PLAIN_INSTRUCTIONS if self._grounding == "gate" else CITING_INSTRUCTIONS
+        return GenerationRequest(
+            request.request_id,
+            request.messages,
+            request.sampling,
+            passages[: self._settings.num_passages],
+            instructions,
+        )
+
+    async def _checked(
+        self, run: "_Run", deltas: AsyncIterator[Delta], passages: tuple[Passage, ...]
+    ) -> AsyncGenerator[str, None]:
+        presented = passages[: run.first.num_presented]
+        if self._grounding == "gate" and presented and not run.first.is_quote:
+            checked = self._gated(run, deltas, presented)
+        else:
+            checked = self._filtered(run, deltas, presented)
+        async with aclosing(checked) as pieces:
+            async for piece in pieces:
+                if piece:
+                    yield piece
+
+    async def _gated(
+        self, run: "_Run", deltas: AsyncIterator[Delta], presented: tuple[Passage, ...]
+    ) -> AsyncGenerator[str, None]:
+        """Release supported sentences as they are completed; whatever stops the model, quotes complete the answer."""
+        gate = Gate(run.query, presented)
+        try:
+            async for delta in deltas:
+                yield gate.feed(delta.text)
+                if gate.is_full:
+                    run.finish_reason = "stop"
+                    break
+        except LLMUnavailable:
+            run.degrade("llm_failed")
+        except DeadlineExceeded:
+            run.degrade("llm_timeout")
+        yield gate.finish()
+        run.grounded = gate.grounded
+        run.unsupported = tuple(gate.unsupported)
+
+    async def _filtered(
+        self, run: "_Run", deltas: AsyncIterator[Delta], presented: tuple[Passage, ...]
+    ) -> AsyncGenerator[str, None]:
+        """Stream at once, without markers that name no source; say at the end what the passages do not support."""
+        markers = MarkerFilter(len(presented))
+        text = ""
+        async for delta in deltas:
+            piece = markers.feed(delta.text)
+            text += piece
+            yield piece
+        rest = markers.flush()
+        yield rest
+        run.num_removed_markers = markers.num_removed
+        if run.first.is_quote:
+            run.grounded = "quotes"
+        elif presented and self._grounding == "flag":
+            stated = sentences(without_markers(text + rest))
+            run.unsupported = tuple(one for one in stated if not is_supported(one, run.query, presented))
+            run.grounded = "flagged" if run.unsupported else "model"
+
+
+class _Run:
+    """The state of one answer: its deadline, its timings, and what is said of it at the end."""
+
+    def __init__(self, request: ChatRequest) -> None:
+        self.request = request
+        self.query = ""
+        self.watch = Stopwatch()
+        self.degraded: list[str] = []
+        self.grounded: Grounded = "unchecked"
+        self.unsupported: tuple[str, ...] = ()
+        self.num_removed_markers = 0
+        self.finish_reason: FinishReason = "stop"
+        self.first = Delta("")
+        self._last = Delta("")
+        self._started = asyncio.get_running_loop().time()
+
+    def degrade(self, reason: str) -> None:
+        """Name something that the answer had to do without."""
+        logger.warning("answer degraded", extra={"reason": reason})
+        self.degraded.append(reason)
+
+    async def within(self, seconds: float, work: Awaitable[T], stage: str) -> T:
+        """Await until so many seconds have passed since the request began."""
+        try:
+            async with asyncio.timeout_at(self._started + seconds):
+                return await work
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"The request's {self.request.timeout_s:g} s were not enough for {stage}. "
+                "Give it more with rag.timeout_s, or try again when there is less load."
+            ) from None
+
+    @asynccontextmanager
+    async def first_delta(
+        self, engines: tuple[LLM, LLM], generation: GenerationRequest, patience_s: float
+    ) -> AsyncGenerator[AsyncGenerator[Delta, None], None]:
+        """Wait for the first engine's first token, or the second's when the first is down or too slow."""
+        engine, fallback = engines
+        elapsed = asyncio.get_running_loop().time() - self._started
+        stream = engine.generate(generation)
+        try:
+            try:
+                self.first = await self._next(stream, min(elapsed + patience_s, self._generation_end_s))
+            except (LLMUnavailable, DeadlineExceeded) as error:
+                if not generation.passages:
+                    raise
+                self.degrade("llm_unavailable" if isinstance(error, LLMUnavailable) else "llm_timeout")
+                await stream.aclose()
+                stream = fallback.generate(generation)
+                self.first = await self._next(stream, self.request.timeout_s)
+            self.watch.mark("first_token")
+            async with aclosing(self._deltas(stream)) as deltas:
+                yield deltas
+        finally:
+            await stream.aclose()
+
+    def end(self, *, text: str, grounded: Grounded) -> AnswerEnd:
+        """Sum the answer up."""
+        self.watch.mark("total")
+        return AnswerEnd(
+            citations=tuple(find_citations(text)) if self.first.num_presented else (),
+            grounded=grounded,
+            finish_reason=self.finish_reason,
+            prompt_tokens=self.first.prompt_tokens,
+            completion_tokens=self._last.completion_tokens,
+            num_presented=self.first.num_presented,
+            num_removed_markers=self.num_removed_markers,
+            unsupported=self.unsupported,
+            degraded=tuple(self.degraded),
+            timings_ms=self.watch.timings_ms,
+        )
+
+    async def _deltas(self, stream: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+        if self.first.num_dropped_messages:
+            self.degrade("history_trimmed")
+        delta = self.first
+        while True:
+            self._last = delta
+            self.finish_reason = delta.finish_reason or self.finish_reason
+            yield delta
+            if delta.finish_reason:
+                return
+            delta = await self._next(stream, self._generation_end_s)
+
+    @property
+    def _generation_end_s(self) -> float:
+        return (1 - QUOTING_RESERVE) * self.request.timeout_s
+
+    async def _next(self, stream: AsyncGenerator[Delta, None], seconds: float) -> Delta:
+        try:
+            return await self.within(seconds, anext(stream), "the answer")
+        except StopAsyncIteration:
+            raise LLMUnavailable("The language model's stream ended before its answer did.") from None

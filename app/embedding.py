@@ -1,0 +1,62 @@
+"""The encoder: texts to vectors, through sentence-transformers."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.models import resolve_encoder
+from app.settings import EmbeddingSettings
+
+Vectors = NDArray[np.float32]
+
+
+class Embedder:
+    """A loaded encoder. Vectors are unit length, so their dot product is the cosine."""
+
+    def __init__(self, settings: EmbeddingSettings) -> None:
+        # Heavy: only the process that encodes pays for it.
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        torch.set_num_threads(settings.num_threads)
+        found = resolve_encoder(settings.model)
+        self._model: Any = SentenceTransformer(found.source, revision=found.revision, device="cpu")
+        self._batch_size = settings.batch_size
+        # One forward pass at a time: two would share the same cores and both be late.
+        self._lock = asyncio.Lock()
+        self.model_name = settings.model
+        self.revision = found.revision
+        self.window: int = self._model.get_max_seq_length()
+        self.dimension: int = self._model.get_embedding_dimension()
+
+    async def embed(self, texts: Sequence[str]) -> Vectors:
+        """Encode texts to an array of shape (len(texts), dimension)."""
+        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        # Texts of like length share a batch, which spares padding; a long job leaves room between its batches, so
+        # that a question waits for one of them and not for a whole document.
+        by_length = sorted(range(len(texts)), key=lambda position: len(texts[position]))
+        for start in range(0, len(texts), self._batch_size):
+            batch = by_length[start : start + self._batch_size]
+            async with self._lock:
+                vectors[batch] = await asyncio.to_thread(self._encode, [texts[position] for position in batch])
+        return vectors
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Give the character offsets of each token, without special tokens and without a limit."""
+        encoded = self._model.tokenizer(
+            text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False
+        )
+        return [(start, end) for start, end in encoded["offset_mapping"]]
+
+    def num_tokens(self, text: str) -> int:
+        """Count the tokens that the encoder would read, special tokens included."""
+        return len(self._model.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+    def _encode(self, texts: list[str]) -> Vectors:
+        vectors: Vectors = self._model.encode(
+            texts, batch_size=len(texts), normalize_embeddings=True, show_progress_bar=False
+        )
+        return vectors.astype(np.float32, copy=False)

@@ -1,0 +1,214 @@
+"""`cleave serve`: check what can be checked, run `serve run`, say how far it is, and stop all of it at Ctrl-C."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from app.config import Config, load_config
+from app.errors import ConfigurationError
+from app.models import is_prepared
+
+MIN_FREE_BYTES = 2**30
+POLL_S = 0.5
+STOP_TIMEOUT_S = 60
+QUIET_ENVIRONMENT = {
+    # Nothing is reported to anybody.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Ray's future behaviour for replicas without a GPU; it warns about the present one at each start.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "PYTHONUNBUFFERED": "1",
+}
+FATAL = re.compile(r"ConfigurationError: (?P<message>.+)|(?P<failed>Deploying app .+ failed.*|DEPLOY_FAILED.*)")
+DASHBOARD = re.compile(r"dashboard at (?:http://)?(?P<address>[\w.:]+)")
+
+
+class Stopped(Exception):
+    """The user asked to stop."""
+
+
+def serve(config_path: Path) -> int:
+    """Serve in the foreground until Ctrl-C; return the exit code."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        config = load_config(config_path)
+        check_machine(config)
+    except ConfigurationError as error:
+        console.print(f"[red]cleave:[/red] {error.message}", soft_wrap=True)
+        return 2
+    log = config.settings.data_dir / "logs" / "serve.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    service = _Service(config, log)
+    try:
+        ready = _wait_until_ready(service, config, console)
+        if not ready:
+            return 1
+        console.print(_how_to_ask(config, service.dashboard(), log))
+        service.wait()
+        console.print(f"[red]cleave:[/red] the service ended by itself; {log} says why.")
+        return 1
+    except Stopped:
+        console.print("\nStopping ...")
+        return 0
+    finally:
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)
+        service.stop()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def check_machine(config: Config) -> None:
+    """Refuse what would fail minutes later: a port in use, a full disk, a folder that cannot be written."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ConfigurationError(
+                f"http_options.port: {config.host}:{config.port} cannot be used ({error.strerror}). "
+                "Stop the program that holds it, or set another port."
+            ) from None
+    data_dir = config.settings.data_dir
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        probe_file = data_dir / ".writable"
+        probe_file.touch()
+        probe_file.unlink()
+    except OSError as error:
+        raise ConfigurationError(
+            f"data_dir: cannot write to {data_dir} ({error.strerror}). Name another folder."
+        ) from None
+    free = shutil.disk_usage(data_dir).free
+    if free < MIN_FREE_BYTES:
+        raise ConfigurationError(
+            f"data_dir: only {free / 2**30:.1f} GiB are free under {data_dir.resolve()}. "
+            f"Free at least {MIN_FREE_BYTES / 2**30:.0f} GiB, or name a folder on another disk."
+        )
+
+
+class _Service:
+    """The `serve run` process and its log."""
+
+    def __init__(self, config: Config, log: Path) -> None:
+        self._log = log
+        program = Path(sys.executable).with_name("serve")
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [str(program), "run", str(config.path)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**QUIET_ENVIRONMENT, **os.environ},
+                # Ctrl-C reaches this program only, which then stops the other in order.
+                start_new_session=True,
+            )
+
+    def failure(self) -> str | None:
+        """Say in one line why the start failed, once it has."""
+        for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines():
+            if match := FATAL.search(line):
+                return match["message"] or f"the deployment failed; {self._log} says why."
+        if self._process.poll() is not None:
+            return f"`serve run` ended with code {self._process.returncode}; {self._log} says why."
+        return None
+
+    def dashboard(self) -> str:
+        """Find the address that Ray printed for its dashboard."""
+        match = DASHBOARD.search(self._log.read_text(encoding="utf-8", errors="replace"))
+        return f"http://{match['address']}" if match else "not running"
+
+    def wait(self) -> None:
+        """Block until the process ends."""
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Let `serve run` shut its cluster down; what is left of its session after a while is killed."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # Nothing is left: the normal case.
+
+
+def _wait_until_ready(service: _Service, config: Config, console: Console) -> bool:
+    """Report each part as it comes up; return False when the start failed, having said why."""
+    started = time.monotonic()
+    said: set[str] = set()
+
+    def say(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            console.print(f"[dim]{time.monotonic() - started:5.0f} s[/dim]  {text}")
+
+    say(f"starting Ray Serve with {config.path} (topology {config.topology}) ...")
+    while True:
+        if message := service.failure():
+            console.print(f"[red]cleave:[/red] {message}", soft_wrap=True)
+            return False
+        readiness = _readiness(config)
+        parts = readiness.get("parts", {})
+        if readiness:
+            say("API is up")
+        if parts.get("retriever", {}).get("status") == "ok":
+            held = parts["retriever"]
+            say(f"retriever is ready: {held['num_documents']} documents, {held['num_chunks']} chunks")
+        if parts.get("llm", {}).get("status") == "ok":
+            say(f"language model is ready: {parts['llm']['id']}")
+        if readiness.get("status") == "ready":
+            return True
+        for device in ("cpu", "gpu"):
+            if not is_prepared(config.settings.llm.model_on(device), config.settings.data_dir):
+                say("preparing the bundled model, once on this machine (about half a minute) ...")
+        time.sleep(POLL_S)
+
+
+def _readiness(config: Config) -> dict[str, Any]:
+    try:
+        # A proxy from the environment must not come between this machine and itself.
+        with httpx.Client(trust_env=False, timeout=5) as client:
+            found: dict[str, Any] = client.get(f"{_url(config)}/readyz", params={"verbose": ""}).json()
+            return found
+    except (httpx.HTTPError, ValueError):
+        return {}
+
+
+def _how_to_ask(config: Config, dashboard: str, log: Path) -> str:
+    url = _url(config)
+    return f"""
+[bold green]Cleave is ready.[/bold green]
+  ask        cleave ask "How long did the Reading Room outage last?"
+             curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+               -d '{{"messages": [{{"role": "user", "content": "How long did the Reading Room outage last?"}}]}}'
+  chat page  {url}/
+  API docs   {url}/docs
+  dashboard  {dashboard}  (Ray: deployments, replicas, logs)
+  log        {log}
+Ctrl-C stops everything.
+"""
+
+
+def _url(config: Config) -> str:
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    return f"http://{host}:{config.port}"
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped

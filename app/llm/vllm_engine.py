@@ -1,0 +1,174 @@
+"""vLLM in this process, through `AsyncLLM`: on a GPU, or on the CPU by its CPU build."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from app.domain import Delta, FinishReason, GenerationRequest, Message, ModelInfo, SamplingParams
+from app.errors import CleaveError, ConfigurationError, ContextTooLong, LLMUnavailable, Overloaded
+from app.models import resolve_chat_model
+from app.prompts import pack
+from app.settings import Device, LLMSettings
+
+
+class VLLMEngine:
+    """An `LLM` over vLLM. Build it with `start`; it needs a running event loop."""
+
+    def __init__(self, engine: Any, *, model: str, context_window: int, chat_template: str | None) -> None:
+        self._engine = engine
+        self._tokenizer = engine.get_tokenizer()
+        self._model = model
+        self._context_window = context_window
+        self._chat_template = chat_template
+
+    @classmethod
+    async def start(cls, settings: LLMSettings, *, device: Device, data_dir: Path) -> "VLLMEngine":
+        """Load the model and generate one token, so that the first request is not the slow one.
+
+        Raises:
+            ConfigurationError: the model or an option of the engine cannot be used, in one line.
+        """
+        model = settings.model_on(device)
+        found = await asyncio.to_thread(
+            resolve_chat_model, model, data_dir=data_dir, chat_template=settings.chat_template
+        )
+        if device == "cpu":
+            _set_cpu_environment(settings)
+        # vLLM reads its environment when it is imported.
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        options: dict[str, Any] = {
+            "model": found.source,
+            "revision": found.revision,
+            "max_model_len": settings.max_model_len,
+            "max_num_seqs": settings.max_num_seqs,
+            "stream_interval": settings.stream_interval,
+            "enable_log_requests": False,
+            **settings.engine_options,
+        }
+        try:
+            engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+        except (TypeError, ValueError, OSError, RuntimeError) as error:
+            raise ConfigurationError(f"llm: vLLM cannot start {model}: {_first_line(error)}") from error
+        template = settings.chat_template.read_text(encoding="utf-8") if settings.chat_template else None
+        started = cls(engine, model=model, context_window=engine.model_config.max_model_len, chat_template=template)
+        await started._warm_up()
+        return started
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        """Stream the completion; see `app.llm.LLM.generate`."""
+        prompt = await asyncio.to_thread(pack, request, self._render, self._context_window)
+        tokens = {"prompt_token_ids": prompt.token_ids}
+        num_generated = 0
+        with _translated_errors():
+            outputs = self._engine.generate(tokens, _sampling(request.sampling, prompt.max_tokens), request.request_id)
+            try:
+                async for output in outputs:
+                    completion = output.outputs[0]
+                    num_generated += len(completion.token_ids)
+                    yield Delta(
+                        text=completion.text,
+                        completion_tokens=num_generated,
+                        prompt_tokens=len(prompt.token_ids),
+                        num_presented=prompt.num_presented,
+                        num_dropped_messages=prompt.num_dropped_messages,
+                        finish_reason=_finish_reason(completion.finish_reason),
+                    )
+            finally:
+                # Closing is what makes vLLM abort the request when the reader has left.
+                await outputs.aclose()
+
+    async def info(self) -> ModelInfo:
+        """Say what is served; see `app.llm.LLM.info`."""
+        with _translated_errors():
+            await self._engine.check_health()
+        return ModelInfo(
+            id=self._model,
+            engine="vllm",
+            context_window=self._context_window,
+            num_running=self._engine.get_num_unfinished_requests(),
+        )
+
+    async def close(self) -> None:
+        """Stop the engine and its process."""
+        await asyncio.to_thread(self._engine.shutdown)
+
+    async def _warm_up(self) -> None:
+        greeting = GenerationRequest("warm-up", (Message("user", "Hello"),), SamplingParams(max_tokens=1))
+        try:
+            async for _ in self.generate(greeting):
+                pass
+        except CleaveError:
+            await self.close()
+            raise
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        try:
+            token_ids: list[int] = self._tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.content} for message in messages],
+                chat_template=self._chat_template,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        except ValueError as error:
+            raise ConfigurationError(
+                f"llm.model: {self._model} has no usable chat template ({_first_line(error)}). "
+                "Set llm.chat_template to a Jinja file that renders `messages`."
+            ) from error
+        return token_ids
+
+
+def _sampling(sampling: SamplingParams, max_tokens: int) -> Any:
+    from vllm import SamplingParams as EngineSamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return EngineSamplingParams(
+        max_tokens=max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        seed=sampling.seed,
+        stop=list(sampling.stop),
+        # Cumulative output would send every answer again with each token.
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _finish_reason(reason: str | None) -> FinishReason | None:
+    if reason is None:
+        return None
+    return "length" if reason == "length" else "stop"
+
+
+def _set_cpu_environment(settings: LLMSettings) -> None:
+    """Tell the CPU build how much memory and how many threads it may take; it reads these at import."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(settings.kv_cache_gib))))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
+
+
+@contextmanager
+def _translated_errors() -> Iterator[None]:
+    """Turn vLLM's errors into ours at this border."""
+    from vllm.exceptions import QueueOverflowError, VLLMClientError, VLLMServerError
+
+    try:
+        yield
+    except QueueOverflowError as error:
+        raise Overloaded("The language model's queue is full. Try again shortly.", retry_after_s=2) from error
+    except VLLMServerError as error:
+        raise LLMUnavailable(
+            "The language model's engine has failed and is being restarted.", retry_after_s=10
+        ) from error
+    except VLLMClientError as error:
+        raise ContextTooLong(_first_line(error), param="messages") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

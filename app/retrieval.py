@@ -1,0 +1,173 @@
+"""Retrieval: a question to passages; and the interface of the part that owns the documents."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from app import sparse
+from app.chunking import sentences
+from app.domain import (
+    Document,
+    IngestReceipt,
+    Passage,
+    RetrieverInfo,
+    SearchQuery,
+    SearchResult,
+    Sentence,
+    StoredDocument,
+)
+from app.embedding import Embedder, Vectors
+from app.errors import DocumentNotFound, UnknownFilter
+from app.ingestion import Ingestor
+from app.settings import RetrievalSettings
+from app.store import Store
+from app.telemetry import Stopwatch
+
+MAX_CACHED_PASSAGES = 4096
+"""Sentence vectors kept: about 10 kB a passage."""
+
+
+class Retriever(Protocol):
+    """The part that owns the documents: finds passages, takes documents in, gives them back.
+
+    Every method raises `RetrieverUnavailable` when the part is down.
+    """
+
+    async def search(self, query: SearchQuery) -> SearchResult:
+        """Find the passages for a question, best first. Raises `UnknownFilter` for a field that no document has."""
+        ...
+
+    async def ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
+        """Write documents; one receipt each, in order. A failing document does not stop the others."""
+        ...
+
+    async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
+        """List a page of documents in a stable order, starting behind the id `after`."""
+        ...
+
+    async def document(self, document_id: str) -> tuple[StoredDocument, str]:
+        """Read one document with its text. Raises `DocumentNotFound`."""
+        ...
+
+    async def delete(self, document_id: str) -> None:
+        """Remove a document and all its chunks. Raises `DocumentNotFound`."""
+        ...
+
+    async def info(self) -> RetrieverInfo:
+        """Say what is held."""
+        ...
+
+    async def close(self) -> None:
+        """Release the store."""
+        ...
+
+
+class LocalRetriever:
+    """A `Retriever` in this process: an encoder and a store."""
+
+    def __init__(
+        self, embedder: Embedder, store: Store, ingestor: Ingestor, settings: RetrievalSettings, collection: str
+    ) -> None:
+        self._embedder = embedder
+        self._store = store
+        self._ingestor = ingestor
+        self._settings = settings
+        self._collection = collection
+        self._sentence_vectors: OrderedDict[str, tuple[list[str], Vectors]] = OrderedDict()
+
+    async def search(self, query: SearchQuery) -> SearchResult:
+        """Embed the question, search both lists in the engine, score the sentences of the best passages."""
+        watch = Stopwatch()
+        await self._check_filters(query)
+        with watch.stage("embed"):
+            question = (await self._embedder.embed([query.text]))[0]
+        with watch.stage("search"):
+            passages = await self._store.search(
+                question.tolist(),
+                sparse.encode_query(query.text),
+                filters=query.filters,
+                limit=query.top_k,
+                num_candidates=max(self._settings.num_candidates, query.top_k),
+                weights=(self._settings.dense_weight, self._settings.sparse_weight),
+            )
+        with watch.stage("score_sentences"):
+            scored = await self._with_sentences(passages[: query.num_scored], question)
+        return SearchResult((*scored, *passages[query.num_scored :]), watch.timings_ms)
+
+    async def ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
+        """See `Retriever.ingest`."""
+        return await self._ingestor.ingest(documents)
+
+    async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
+        """See `Retriever.documents`."""
+        return await self._store.documents(after=after, limit=limit)
+
+    async def document(self, document_id: str) -> tuple[StoredDocument, str]:
+        """See `Retriever.document`."""
+        found = await self._store.document(document_id)
+        if found is None:
+            raise _not_found(document_id)
+        return found
+
+    async def delete(self, document_id: str) -> None:
+        """See `Retriever.delete`."""
+        if not await self._store.delete(document_id):
+            raise _not_found(document_id)
+
+    async def info(self) -> RetrieverInfo:
+        """See `Retriever.info`."""
+        num_documents, num_chunks = await self._store.counts()
+        return RetrieverInfo(
+            collection=self._collection,
+            num_documents=num_documents,
+            num_chunks=num_chunks,
+            filter_fields=await self._store.filter_fields(),
+            embedding_model=self._embedder.model_name,
+        )
+
+    async def close(self) -> None:
+        """See `Retriever.close`."""
+        await self._store.close()
+
+    async def _check_filters(self, query: SearchQuery) -> None:
+        if not query.filters:
+            return
+        known = await self._store.filter_fields()
+        unknown = sorted(set(query.filters) - set(known))
+        if unknown:
+            raise UnknownFilter(
+                f"No document has the field {unknown[0]!r}. Fields that can be filtered: {', '.join(known) or 'none'}.",
+                param=f"filters.{unknown[0]}",
+            )
+
+    async def _with_sentences(self, passages: Sequence[Passage], question: Vectors) -> list[Passage]:
+        scored = []
+        for passage, (texts, vectors) in zip(passages, await self._sentences(passages), strict=True):
+            scores = (vectors @ question).tolist()
+            scored.append(replace(passage, sentences=tuple(map(Sentence, texts, scores))))
+        return scored
+
+    async def _sentences(self, passages: Sequence[Passage]) -> list[tuple[list[str], Vectors]]:
+        """Split passages and encode what is new in one batch, since a batch costs little more than one text."""
+        known = {key: self._sentence_vectors[key] for key in map(_cache_key, passages) if key in self._sentence_vectors}
+        new = {_cache_key(passage): passage.text for passage in passages if _cache_key(passage) not in known}
+        split = await asyncio.to_thread(lambda: {key: sentences(text) for key, text in new.items()})
+        vectors = await self._embedder.embed([text for texts in split.values() for text in texts])
+        start = 0
+        for key, texts in split.items():
+            known[key] = self._sentence_vectors[key] = (texts, vectors[start : start + len(texts)])
+            start += len(texts)
+        while len(self._sentence_vectors) > MAX_CACHED_PASSAGES:
+            self._sentence_vectors.popitem(last=False)
+        return [known[_cache_key(passage)] for passage in passages]
+
+
+def _cache_key(passage: Passage) -> str:
+    # An updated document has the same chunk ids with other texts.
+    return f"{passage.chunk_id}\0{hash(passage.text)}"
+
+
+def _not_found(document_id: str) -> DocumentNotFound:
+    return DocumentNotFound(f"There is no document {document_id!r}. GET /v1/documents lists what is there.", param="id")

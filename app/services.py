@@ -1,0 +1,122 @@
+"""The one composition root: settings in, running parts out. Any part can be handed in instead of built."""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.chat import ChatService
+from app.domain import Document, Grounding
+from app.embedding import Embedder
+from app.errors import ConfigurationError
+from app.ingestion import Ingestor, manifest
+from app.llm import LLM
+from app.loaders import SUFFIXES, load_file
+from app.models import check_chat_model
+from app.retrieval import LocalRetriever, Retriever
+from app.settings import Device, LLMSettings, Settings
+from app.store import Manifest, Store
+from app.telemetry import logger
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts behind the API."""
+
+    settings: Settings
+    retriever: Retriever
+    llm: LLM
+    chat: ChatService
+
+    async def close(self) -> None:
+        """Stop what runs in this process."""
+        await self.llm.close()
+        await self.retriever.close()
+
+
+async def build_services(
+    settings: Settings, *, device: Device, retriever: Retriever | None = None, llm: LLM | None = None
+) -> Services:
+    """Build what is not handed in, and wire it."""
+    retriever = retriever or await build_retriever(settings)
+    llm = llm or await build_llm(settings, device)
+    chat = ChatService(retriever, llm, grounding=_grounding(settings, device), settings=settings.answer)
+    return Services(settings, retriever, llm, chat)
+
+
+async def build_retriever(settings: Settings) -> LocalRetriever:
+    """Load the encoder, open the store, and fill a new collection from `seed`."""
+    embedder = await asyncio.to_thread(Embedder, settings.embedding)
+    store = await _open_store(settings, embedder.dimension, manifest(embedder, settings.chunking))
+    ingestor = Ingestor(embedder, store, settings.chunking)
+    retriever = LocalRetriever(embedder, store, ingestor, settings.retrieval, settings.store.collection)
+    if settings.seed is not None:
+        await _seed(retriever, settings.seed, max_bytes=settings.api.max_file_bytes)
+    return retriever
+
+
+async def build_llm(settings: Settings, device: Device) -> LLM:
+    """Start the engine that the settings name."""
+    if settings.llm.engine == "extractive":
+        from app.llm.extractive import ExtractiveEngine
+
+        return ExtractiveEngine()
+    from app.llm.vllm_engine import VLLMEngine
+
+    return await VLLMEngine.start(settings.llm, device=device, data_dir=settings.data_dir)
+
+
+def check_models(settings: LLMSettings, device: Device) -> None:
+    """Refuse a model that cannot be loaded, in seconds and without loading it. Raises `ConfigurationError`."""
+    if settings.engine == "vllm":
+        check_chat_model(settings.model_on(device), chat_template=settings.chat_template)
+
+
+def _grounding(settings: Settings, device: Device) -> Grounding:
+    chosen = settings.answer.grounding
+    if chosen != "auto":
+        return chosen
+    return "gate" if device == "cpu" else "flag"
+
+
+async def _open_store(settings: Settings, dimension: int, stamp: Manifest) -> Store:
+    if settings.store.kind == "embedded":
+        from app.store.edge import open_edge_store
+
+        path = settings.data_dir / "qdrant" / settings.store.collection
+        return await asyncio.to_thread(open_edge_store, path, dimension=dimension, manifest=stamp)
+    from app.store.server import open_server_store
+
+    url = ":memory:" if settings.store.kind == "memory" else settings.store.url
+    return await open_server_store(
+        url=url,
+        api_key=settings.store.api_key,
+        collection=settings.store.collection,
+        dimension=dimension,
+        manifest=stamp,
+    )
+
+
+async def _seed(retriever: LocalRetriever, seed: Path, *, max_bytes: int) -> None:
+    if (await retriever.info()).num_documents:
+        return
+    documents = await asyncio.to_thread(_load_seed, seed, max_bytes)
+    receipts = await retriever.ingest(documents)
+    failed = [receipt for receipt in receipts if receipt.status == "failed"]
+    if failed:
+        raise ConfigurationError(f"seed: {failed[0].document_id} could not be ingested: {failed[0].error}")
+    logger.info("collection seeded", extra={"num_documents": len(receipts), "seed": str(seed)})
+
+
+def _load_seed(seed: Path, max_bytes: int) -> list[Document]:
+    if not seed.exists():
+        raise ConfigurationError(
+            f"seed: there is no {str(seed)!r} here. Name an existing file or folder, or leave it out."
+        )
+    files = sorted(path for path in seed.rglob("*") if path.suffix in SUFFIXES) if seed.is_dir() else [seed]
+    documents: list[Document] = []
+    for path in files:
+        for one in load_file(str(path.relative_to(seed.parent)), path.read_bytes(), max_bytes=max_bytes):
+            if not isinstance(one, Document):
+                raise ConfigurationError(f"seed: {one.message}")
+            documents.append(one)
+    return documents

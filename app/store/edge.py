@@ -1,0 +1,356 @@
+"""The embedded store: Qdrant Edge, the engine inside this process, on one folder that it owns alone.
+
+Every call of the engine holds Python's global lock from start to end, so threads gain nothing and many at once would
+starve the event loop. Therefore one thread makes all calls: each is short, they never overlap, and a search sees a
+document before or after a write, not within it. The one long call, `optimize`, runs in a process of its own before
+the folder is opened.
+"""
+
+import asyncio
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import qdrant_edge as engine
+from qdrant_edge import EdgeShard, FieldCondition, Filter, MatchAny, MatchValue, RangeFloat, UpdateOperation
+
+from app.domain import Document, EncodedChunk, Filters, Passage, StoredDocument
+from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
+from app.store import Manifest
+from app.store.payload import (
+    DENSE,
+    KEYWORD_FIELDS,
+    MANIFEST_ID,
+    MAX_FIELDS,
+    RANK_CONSTANT,
+    SPARSE,
+    Payload,
+    Point,
+    best_passages,
+    chunk_points,
+    difference,
+    intent_point,
+    manifest_point,
+    next_ingested_at,
+    num_hits,
+    record_id,
+    record_point,
+    split,
+    stored_document,
+    terms_of,
+)
+
+T = TypeVar("T")
+
+# Up to here a search that reads every vector takes 3 ms, and building the graph would take longer than it saves.
+INDEXING_THRESHOLD_KB = 50_000
+# Bounds what is lost in a power cut and what is read again after a kill; a flush takes some 20 ms.
+POINTS_PER_FLUSH = 1_000
+# The engine maps its files into memory: on a full disk it does not raise, the kernel ends the process (SIGBUS).
+RESERVED_BYTES = 128 * 2**20
+
+# Builds the graph over new vectors and drops the remains of deleted ones. In a process of its own, because it can
+# take minutes, in which no other Python code of the process would run. Ctrl-C ends it, as it ends its parent.
+_TIDY = """
+import signal, sys, qdrant_edge
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+shard = qdrant_edge.EdgeShard.load(sys.argv[1])
+shard.optimize()
+shard.close()
+"""
+
+
+def open_edge_store(path: Path, *, dimension: int, manifest: Manifest) -> "EdgeStore":
+    """Open the collection in the folder `path`, or create it there. Blocks."""
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (path / "edge_config.json").exists():
+            _require_space(path.parent, ConfigurationError)
+            _create(path, dimension, manifest)
+        else:
+            # Whether it succeeds does not matter here; what hinders it hinders the load below, which says so.
+            subprocess.run([sys.executable, "-c", _TIDY, str(path)], check=False, capture_output=True)
+            _require_space(path, ConfigurationError)
+        shard = EdgeShard.load(str(path))
+        try:
+            _check_manifest(shard, path, manifest)
+            _finish_writes(shard)
+        except BaseException:
+            shard.close()
+            raise
+    return EdgeStore(shard, path)
+
+
+class EdgeStore:
+    """One collection in one folder; see `Store`."""
+
+    def __init__(self, shard: EdgeShard, path: Path) -> None:
+        self._shard = shard
+        self._path = path
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edge-store")
+        self._writing = asyncio.Lock()
+        self._num_unflushed = 0
+
+    async def put(self, document: Document, chunks: Sequence[EncodedChunk]) -> None:
+        """Write a document with all its chunks; an older version under the same id is gone afterwards."""
+        early, last = split(chunks)
+        async with self._writing:
+            previous = await self._run(_record, self._shard, document.id)
+            ingested_at = next_ingested_at(previous)
+            for piece in early:
+                await self._run(self._write, partial(chunk_points, document, piece, ingested_at, staged=True))
+            is_whole = previous is None and not early
+            await self._run(self._commit, document, len(chunks), last, ingested_at, is_whole)
+
+    async def search(
+        self,
+        dense: Sequence[float],
+        sparse: Mapping[int, float],
+        *,
+        filters: Filters,
+        limit: int,
+        num_candidates: int,
+        weights: tuple[float, float],
+    ) -> list[Passage]:
+        """Fuse the dense and the sparse list by weighted reciprocal rank in the engine."""
+        return await self._run(self._search, dense, sparse, filters, limit, num_candidates, weights)
+
+    async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
+        """Give a page of documents, in the order of their record ids."""
+        return await self._run(self._documents, after, limit)
+
+    async def document(self, document_id: str) -> tuple[StoredDocument, str] | None:
+        """Give one document and its whole text, or None."""
+        record = await self._run(_record, self._shard, document_id)
+        return (stored_document(record), record["text"]) if record else None
+
+    async def delete(self, document_id: str) -> bool:
+        """Remove a document and all its chunks in one operation; False when there was none."""
+        async with self._writing:
+            return await self._run(self._delete, document_id)
+
+    async def counts(self) -> tuple[int, int]:
+        """Count documents and chunks."""
+        return await self._run(self._counts)
+
+    async def filter_fields(self) -> tuple[str, ...]:
+        """List the metadata fields of all documents, sorted."""
+        return await self._run(self._filter_fields)
+
+    async def close(self) -> None:
+        """Flush and release the folder."""
+        await self._run(self._shard.close)
+        self._thread.shutdown(wait=False)
+
+    async def _run(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Make a call on the engine's thread; if the caller is cancelled, the call still ends whole."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            # The engine raises bare Exception and nothing else does.
+            raise RetrieverUnavailable(f"The embedded store in {self._path} failed: {_first_line(error)}") from error
+
+    def _write(self, make_points: Callable[[], list[Point]]) -> None:
+        _require_space(self._path, RetrieverUnavailable)
+        points = make_points()
+        self._shard.update(_upsert(points))
+        self._num_unflushed += len(points)
+        if self._num_unflushed >= POINTS_PER_FLUSH:
+            self._shard.flush()
+            self._num_unflushed = 0
+
+    def _commit(
+        self, document: Document, num_chunks: int, last: Sequence[EncodedChunk], ingested_at: float, is_whole: bool
+    ) -> None:
+        """Make a version the valid one. An operation is wholly in the write-ahead log or not at all.
+
+        A new document is one operation. Else the intent makes sure that the rest is done, now or at the next start.
+        """
+
+        def points() -> list[Point]:
+            written = [record_point(document, num_chunks, ingested_at), *chunk_points(document, last, ingested_at)]
+            return written if is_whole else [*written, intent_point(document.id)]
+
+        self._write(points)
+        if not is_whole:
+            _publish(self._shard, document.id, ingested_at)
+
+    def _search(
+        self,
+        dense: Sequence[float],
+        sparse: Mapping[int, float],
+        filters: Filters,
+        limit: int,
+        num_candidates: int,
+        weights: tuple[float, float],
+    ) -> list[Passage]:
+        matching = Filter(must=[_is("kind", "chunk"), *(_any_of("terms", terms) for terms in terms_of(filters))])
+        queries: list[tuple[float, engine.Query]] = []
+        if weights[0] > 0:
+            queries.append((weights[0], engine.Query.Nearest(list(dense), using=DENSE)))
+        if weights[1] > 0 and sparse:
+            queries.append((weights[1], engine.Query.Nearest(_sparse_vector(sparse), using=SPARSE)))
+        if not queries:
+            return []
+        fusion = engine.Fusion.Rrf(k=RANK_CONSTANT, weights=[weight for weight, _ in queries])
+        request = engine.QueryRequest(
+            prefetches=[engine.Prefetch(query=query, filter=matching, limit=num_candidates) for _, query in queries],
+            query=fusion,  # type: ignore[arg-type]  # The stubs miss that Rrf is a Fusion.
+            limit=num_hits(limit),
+            with_payload=True,
+        )
+        return best_passages([(_payload(point), point.score) for point in self._shard.query(request)], limit)
+
+    def _documents(self, after: str | None, limit: int) -> list[StoredDocument]:
+        # The page starts at the id `after`, which may be deleted by now: one more is read and that one left out.
+        start = record_id(after) if after is not None else None
+        request = engine.ScrollRequest(
+            offset=start,
+            limit=limit + 1,
+            filter=Filter(must=[_is("kind", "document")]),
+            with_payload=engine.PayloadSelector.Exclude(["text"]),
+        )
+        records, _ = self._shard.scroll(request)
+        return [stored_document(_payload(record)) for record in records if str(record.id) != start][:limit]
+
+    def _delete(self, document_id: str) -> bool:
+        if _record(self._shard, document_id) is None:
+            return False
+        self._shard.update(UpdateOperation.delete_points_by_filter(Filter(must=[_is("document_id", document_id)])))
+        return True
+
+    def _counts(self) -> tuple[int, int]:
+        return self._count("document"), self._count("chunk")
+
+    def _count(self, kind: str) -> int:
+        return self._shard.count(engine.CountRequest(filter=Filter(must=[_is("kind", kind)]), exact=True))
+
+    def _filter_fields(self) -> tuple[str, ...]:
+        hits = self._shard.facet(engine.FacetRequest(key="fields", limit=MAX_FIELDS, exact=True)).hits
+        return tuple(sorted(str(hit.value) for hit in hits))
+
+
+def _create(path: Path, dimension: int, manifest: Manifest) -> None:
+    """Lay out an empty collection beside `path` and move it there, so that a kill leaves no half of one."""
+    config = engine.EdgeConfig(
+        vectors={DENSE: engine.EdgeVectorParams(size=dimension, distance=engine.Distance.Cosine)},
+        sparse_vectors={SPARSE: engine.EdgeSparseVectorParams(modifier=engine.Modifier.Idf)},
+        optimizers=engine.EdgeOptimizersConfig(indexing_threshold=INDEXING_THRESHOLD_KB),
+    )
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".creating-") as folder:
+        unfinished = Path(folder, path.name)
+        shard = EdgeShard.create(str(unfinished), config)
+        for field in KEYWORD_FIELDS:
+            shard.update(UpdateOperation.create_field_index(field, engine.PayloadSchemaType.Keyword))
+        shard.update(_upsert([manifest_point(manifest)]))
+        shard.close()
+        unfinished.rename(path)
+
+
+def _check_manifest(shard: EdgeShard, path: Path, manifest: Manifest) -> None:
+    stored = shard.retrieve([MANIFEST_ID], with_payload=True)
+    changed = difference(_payload(stored[0])["manifest"] if stored else {}, manifest)
+    if changed:
+        raise CollectionMismatch(
+            f"The collection in {path} was written with other settings ({changed}): "
+            "name another store.collection, or delete the folder and ingest again."
+        )
+
+
+def _finish_writes(shard: EdgeShard) -> None:
+    """Complete the replacements that a kill cut short, then drop what was staged and never committed."""
+    intents, _ = shard.scroll(engine.ScrollRequest(filter=Filter(must=[_is("kind", "intent")]), limit=1_000))
+    for intent in intents:
+        document_id = _payload(intent)["document_id"]
+        record = _record(shard, document_id)
+        if record is not None:
+            _publish(shard, document_id, record["ingested_at"])
+    shard.update(UpdateOperation.delete_points_by_filter(Filter(must=[_is("kind", "staged")])))
+
+
+def _publish(shard: EdgeShard, document_id: str, ingested_at: float) -> None:
+    """Make a version's staged chunks findable and remove all that is older; done twice, it does the same."""
+    of_document = _is("document_id", document_id)
+    staged = Filter(must=[of_document, _is("kind", "staged"), _at("ingested_at", ingested_at)])
+    older = Filter(must=[of_document, FieldCondition("ingested_at", range=RangeFloat(lt=ingested_at))])
+    shard.update(UpdateOperation.set_payload_by_filter(staged, {"kind": "chunk"}))
+    shard.update(UpdateOperation.delete_points_by_filter(older))
+
+
+def _record(shard: EdgeShard, document_id: str) -> Payload | None:
+    found = shard.retrieve([record_id(document_id)], with_payload=True)
+    return _payload(found[0]) if found else None
+
+
+def _payload(point: engine.Record | engine.ScoredPoint) -> Payload:
+    return point.payload or {}
+
+
+def _upsert(points: Iterable[Point]) -> UpdateOperation:
+    return UpdateOperation.upsert_points([engine.Point(point.id, _vectors(point), point.payload) for point in points])
+
+
+def _vectors(point: Point) -> dict[str, Any]:
+    vectors: dict[str, Any] = {}
+    if point.dense is not None:
+        vectors[DENSE] = list(point.dense)
+    if point.sparse:
+        vectors[SPARSE] = _sparse_vector(point.sparse)
+    return vectors
+
+
+def _sparse_vector(weights: Mapping[int, float]) -> engine.SparseVector:
+    return engine.SparseVector(indices=list(weights), values=list(weights.values()))
+
+
+def _is(field: str, value: str) -> FieldCondition:
+    return FieldCondition(field, match=MatchValue(value))
+
+
+def _any_of(field: str, values: list[str]) -> FieldCondition:
+    return FieldCondition(field, match=MatchAny(values))
+
+
+def _at(field: str, value: float) -> FieldCondition:
+    return FieldCondition(field, range=RangeFloat(gte=value, lte=value))
+
+
+def _require_space(path: Path, error: type[ConfigurationError] | type[RetrieverUnavailable]) -> None:
+    free = shutil.disk_usage(path).free
+    if free < RESERVED_BYTES:
+        raise error(
+            f"The disk of {path} has {free // 2**20} MiB free and the embedded store needs "
+            f"{RESERVED_BYTES // 2**20} MiB: free some space, or move data_dir."
+        )
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what the file system and the engine raise into one line that says what to change."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(f"The embedded store cannot use the folder {path}: {error.strerror}.") from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # The engine raises bare Exception; only the words tell the cause.
+        if "WouldBlock" in str(error):
+            raise ConfigurationError(
+                f"The folder {path} is open in another process, and the embedded store has exactly one owner: "
+                "stop the other process, or run a Qdrant server and set store.kind to server."
+            ) from error
+        raise ConfigurationError(f"The embedded store cannot open {path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,55 @@
+"""The tier that clients talk to: API, query planning, grounding, streaming."""
+
+from typing import Any
+
+from app.config import check_single_owner
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from app.api import create_api
+from app.services import build_services
+from app.settings import Device, Settings
+from app.telemetry import configure_logging
+from deployments.handles import LLMHandle, RetrieverHandle
+from deployments.replica import max_replicas
+
+
+@serve.deployment(
+    name="Ingress",
+    max_ongoing_requests=256,
+    max_queued_requests=512,
+    autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 64},
+    health_check_period_s=5,
+    graceful_shutdown_timeout_s=60,
+    ray_actor_options={"num_cpus": 0.2},
+)
+@serve.ingress()
+class Ingress:
+    """The HTTP API over parts that are remote when a handle is given, and built in this process when not."""
+
+    async def __init__(
+        self,
+        settings: Settings,
+        device: Device,
+        retriever: DeploymentHandle[Any] | None = None,
+        llm: DeploymentHandle[Any] | None = None,
+    ) -> None:
+        configure_logging(settings.logging)
+        if retriever is None:
+            check_single_owner(settings, owner="Ingress", max_replicas=max_replicas())
+        self._services = await build_services(
+            settings,
+            device=device,
+            retriever=RetrieverHandle(retriever) if retriever else None,
+            llm=LLMHandle(llm) if llm else None,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Hand the application to Serve, which calls this after the constructor."""
+        return create_api(self._services)
+
+    async def __del__(self) -> None:
+        """Release the parts of this process when Serve stops the replica."""
+        if hasattr(self, "_services"):
+            await self._services.close()

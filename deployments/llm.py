@@ -1,0 +1,55 @@
+"""The tier with the language model."""
+
+import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from ray import serve
+
+from app.domain import Delta, GenerationRequest, ModelInfo
+from app.errors import LLMUnavailable
+from app.services import build_llm
+from app.settings import Device, Settings
+from app.telemetry import configure_logging, logger
+
+
+@serve.deployment(
+    name="LLM",
+    # More than the engine runs at once, so that its own scheduler always has a next request to take.
+    max_ongoing_requests=64,
+    max_queued_requests=256,
+    autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 24},
+    health_check_period_s=2,
+    health_check_timeout_s=10,
+    graceful_shutdown_timeout_s=120,
+    ray_actor_options={"num_cpus": 0.4},
+)
+class LLM:
+    """An `app.llm.LLM` as a deployment."""
+
+    async def __init__(self, settings: Settings, device: Device) -> None:
+        configure_logging(settings.logging)
+        self._llm = await build_llm(settings, device)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        """Stream a completion. A cancelled call closes the engine's stream, which frees its slot."""
+        async with aclosing(self._llm.generate(request)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def info(self) -> ModelInfo:
+        """Say what is served."""
+        return await self._llm.info()
+
+    async def check_health(self) -> None:
+        """End the process when the engine is dead: Serve replaces a dead replica at once, a sick one only slowly."""
+        try:
+            await self._llm.info()
+        except LLMUnavailable:
+            logger.exception("the engine is dead; this replica ends so that a new one starts")
+            os._exit(1)
+
+    async def __del__(self) -> None:
+        """Stop the engine when Serve stops the replica."""
+        if hasattr(self, "_llm"):
+            await self._llm.close()
