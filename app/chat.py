@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
 from app.chunking import sentences
@@ -36,6 +36,9 @@ RETRIEVAL_SHARE = 0.5
 """Of the request's time: what retrieval may take, so that an answer can still be made."""
 QUOTING_RESERVE = 0.1
 """Of the request's time: kept for quoting when the model does not come to an end."""
+
+MAX_GATED_TOKENS = 96
+"""Two sentences; a small model that needs more is rambling, and the gate would wait for it."""
 
 T = TypeVar("T")
 
@@ -143,14 +146,12 @@ class ChatService:
         return bool(evidence) and evidence[0].score >= self._settings.min_evidence
 
     def _generation(self, request: ChatRequest, passages: tuple[Passage, ...]) -> GenerationRequest:
-        instructions = PLAIN_INSTRUCTIONS if self._grounding == "gate" else CITING_INSTRUCTIONS
-        return GenerationRequest(
-            request.request_id,
-            request.messages,
-            request.sampling,
-            passages[: self._settings.num_passages],
-            instructions,
-        )
+        instructions, sampling = CITING_INSTRUCTIONS, request.sampling
+        if self._grounding == "gate" and passages:
+            instructions = PLAIN_INSTRUCTIONS
+            sampling = replace(sampling, max_tokens=min(sampling.max_tokens, MAX_GATED_TOKENS))
+        presented = passages[: self._settings.num_passages]
+        return GenerationRequest(request.request_id, request.messages, sampling, presented, instructions)
 
     async def _checked(
         self, run: "_Run", deltas: AsyncIterator[Delta], passages: tuple[Passage, ...]

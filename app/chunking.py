@@ -55,6 +55,7 @@ BLOCK = re.compile(
 PLAIN_WORDS = r"(?:\b[A-Za-z][a-z'’]{0,20}[,;:]?[ \n]+){5}"
 PROSE_LINE = re.compile(rf"(?!\s*[#%$>~/]|.*[={{}}\\]).*?{PLAIN_WORDS}")
 PROSE = re.compile(PLAIN_WORDS)
+SYNTAX = re.compile(r"[={}\\]|\(\)|^[ \t]*[#$%>~/]|;$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,8 +402,8 @@ def _sentences_of(text: str, kind: Kind) -> Iterable[str]:
             return [" | ".join(cell.strip() for cell in row.strip().strip("|").split("|")) for row in text.splitlines()]
         case "quote":
             return sentences(QUOTE_MARK.sub("", text))
-        case "text" if "\n" in text and not PROSE.search(text):
-            return [text.strip()]  # lines of code, of an address, of a poem
+        case "text" if "\n" in text and SYNTAX.search(text) and not PROSE.search(text):
+            return [text.strip()]  # code without a fence, or the middle of what has one
         case _:
             prose = ITEM_MARK.sub("", text, count=1) if kind == "item" else text
             return [" ".join(prose[start:end].split()) for start, end in _sentence_spans(prose, 0, len(prose))]
@@ -448,13 +449,17 @@ def _ends_sentence(prose: str, start: int, stop: re.Match[str]) -> bool:
 
 
 def _code_end(text: str) -> int:
-    """Find the end of code that began before the passage: a bare fence closes it that opens nothing."""
+    """Find the end of code that began before the passage: a bare fence closes what nothing opened."""
     fence = FENCES.search(text)
-    if fence is None or fence["info"].strip() or _is_balanced(text):
+    if fence is None or fence["info"].strip():
         return 0
-    above = text[: fence.start()].rsplit("\n", 2)[-2:-1]
-    below = text[fence.end() + 1 :].partition("\n")[0]
-    if not above or not above[0].strip() or (below.strip() and PROSE.search(f"{above[0]} ")):
+    rest = text[fence.end() :]
+    if _is_balanced(text) and not _is_balanced(rest):
+        return 0
+    above = text[: fence.start()].removesuffix("\n").rpartition("\n")[2].strip()
+    below = rest[1:].partition("\n")[0].strip()
+    # It opens code if it stands under a blank line or a colon, or between prose and code.
+    if not above or above.endswith(":") or (below and PROSE.search(f"{above} ")):
         return 0
     return fence.end()
 

@@ -54,7 +54,8 @@ def rank_evidence(question: str, passages: Sequence[Passage]) -> list[Evidence]:
     A question word weighs more the fewer candidate sentences hold it (the IDF of BM25, over the candidates).
     """
     candidates = [(n, place, sentence) for n, place, passage in _numbered(passages) for sentence in passage.sentences]
-    stems = [_stems(sentence.text) for _, _, sentence in candidates]
+    about = [_stems(_description(passage)) for passage in passages]
+    stems = [_stems(sentence.text) | about[place] for _, place, sentence in candidates]
     weights = {word: _idf(sum(word in held for held in stems), len(stems)) for word in _stems(question)}
     total = sum(weights.values()) or 1.0
     evidence = [
@@ -119,6 +120,11 @@ def _supports(source: str, sentence: str, question: str, new_words: set[str], mi
 
 def _numbered(passages: Sequence[Passage]) -> list[tuple[int, int, Passage]]:
     return [(place + 1, place, passage) for place, passage in enumerate(passages)]
+
+
+def _description(passage: Passage) -> str:
+    """What every sentence of a passage is also about: who wrote it, and under which title."""
+    return " ".join([passage.title, *(str(value) for value in passage.metadata.values())])
 
 
 def _stems(text: str) -> set[str]:

@@ -257,8 +257,8 @@ def _create(path: Path, dimension: int, manifest: Manifest) -> None:
 
 
 def _check_manifest(shard: EdgeShard, path: Path, manifest: Manifest) -> None:
-    stored = shard.retrieve([MANIFEST_ID], with_payload=True)
-    changed = difference(_payload(stored[0])["manifest"] if stored else {}, manifest)
+    stored = _read(shard, MANIFEST_ID)
+    changed = difference(stored["manifest"] if stored else {}, manifest)
     if changed:
         raise CollectionMismatch(
             f"The collection in {path} was written with other settings ({changed}): "
@@ -287,7 +287,11 @@ def _publish(shard: EdgeShard, document_id: str, ingested_at: float) -> None:
 
 
 def _record(shard: EdgeShard, document_id: str) -> Payload | None:
-    found = shard.retrieve([record_id(document_id)], with_payload=True)
+    return _read(shard, record_id(document_id))
+
+
+def _read(shard: EdgeShard, point_id: str) -> Payload | None:
+    found = shard.retrieve([point_id], with_payload=True, with_vector=False)
     return _payload(found[0]) if found else None
 
 

@@ -1,19 +1,275 @@
-"""The store on a Qdrant server, for collections that several processes share; `:memory:` is for tests.
+"""The store on a Qdrant server, for a collection that several processes share; `:memory:` is for tests.
 
-Same points, filters and fusion as the embedded store. A write ends with one request that publishes the new version
-and removes the older one; a search that falls between the two keeps the newer.
+Same points, filters and fusion as the embedded store. One request makes a new version valid and removes the older
+one; a search that falls in between keeps the newer.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from qdrant_client import AsyncQdrantClient
+from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
-from qdrant_client.models import (
-    Condition,
-    DeleteOperation,
-    Distance,
-    Document as _,  # noqa
+
+from app.domain import Document, EncodedChunk, Filters, Passage, StoredDocument
+from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
+from app.store import Manifest
+from app.store.payload import (
+    DENSE,
+    KEYWORD_FIELDS,
+    MANIFEST_ID,
+    MAX_FIELDS,
+    RANK_CONSTANT,
+    SPARSE,
+    Payload,
+    Point,
+    best_passages,
+    chunk_points,
+    difference,
+    manifest_point,
+    next_ingested_at,
+    num_hits,
+    record_id,
+    record_point,
+    split,
+    stored_document,
+    terms_of,
 )
+
+IN_MEMORY = ":memory:"
+OLDEST_VERSION = (1, 17)
+"""An older server ignores the weights of the fusion."""
+TIMEOUT_S = 30
+RETRY_AFTER_S = 5
+
+
+async def open_server_store(
+    *, url: str, api_key: str | None, collection: str, dimension: int, manifest: Manifest
+) -> "ServerStore":
+    """Open a collection on the server at `url`, or create it there."""
+    # The client's own version check would block the event loop.
+    client = AsyncQdrantClient(location=url, api_key=api_key, timeout=TIMEOUT_S, check_compatibility=False)
+    try:
+        await _check_version(client, url)
+        if not await client.collection_exists(collection):
+            await _create(client, collection, dimension)
+        if url != IN_MEMORY:
+            await _index_payload(client, collection)
+        await _check_manifest(client, collection, manifest)
+    except BaseException as error:
+        await client.close()
+        if isinstance(error, ApiException):
+            raise ConfigurationError(_unusable(url, error)) from error
+        raise
+    return ServerStore(client, collection)
+
+
+class ServerStore:
+    """One collection on a server; see `Store`."""
+
+    def __init__(self, client: AsyncQdrantClient, collection: str) -> None:
+        self._client = client
+        self._collection = collection
+        self._writing = asyncio.Lock()
+
+    async def put(self, document: Document, chunks: Sequence[EncodedChunk]) -> None:
+        """Write a document with all its chunks; an older version under the same id is gone afterwards."""
+        early, last = split(chunks)
+        async with self._writing, _translated():
+            ingested_at = next_ingested_at(await self._record(document.id))
+            for piece in early:
+                staged = chunk_points(document, piece, ingested_at, staged=True)
+                await self._client.upsert(self._collection, _structs(staged))
+            points = [record_point(document, len(chunks), ingested_at), *chunk_points(document, last, ingested_at)]
+            await self._client.batch_update_points(
+                self._collection,
+                [
+                    models.UpsertOperation(upsert=models.PointsList(points=_structs(points))),
+                    *_publishing(document.id, ingested_at),
+                ],
+            )
+
+    async def search(
+        self,
+        dense: Sequence[float],
+        sparse: Mapping[int, float],
+        *,
+        filters: Filters,
+        limit: int,
+        num_candidates: int,
+        weights: tuple[float, float],
+    ) -> list[Passage]:
+        """Fuse the dense and the sparse list by weighted reciprocal rank in the engine."""
+        matching = models.Filter(must=[_is("kind", "chunk"), *(_any_of("terms", terms) for terms in terms_of(filters))])
+        queries: list[tuple[float, str, list[float] | models.SparseVector]] = []
+        if weights[0] > 0:
+            queries.append((weights[0], DENSE, list(dense)))
+        if weights[1] > 0 and sparse:
+            queries.append((weights[1], SPARSE, _sparse_vector(sparse)))
+        if not queries:
+            return []
+        prefetch = [
+            models.Prefetch(query=vector, using=name, filter=matching, limit=num_candidates)
+            for _, name, vector in queries
+        ]
+        fusion = models.Rrf(k=RANK_CONSTANT, weights=[weight for weight, _, _ in queries])
+        async with _translated():
+            found = await self._client.query_points(
+                self._collection, prefetch=prefetch, query=models.RrfQuery(rrf=fusion), limit=num_hits(limit)
+            )
+        return best_passages([(point.payload or {}, point.score) for point in found.points], limit)
+
+    async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
+        """Give a page of documents, in the order of their record ids."""
+        # The page starts at the id `after`, which may be deleted by now: one more is read and that one left out.
+        start = record_id(after) if after is not None else None
+        async with _translated():
+            records, _ = await self._client.scroll(
+                self._collection,
+                scroll_filter=models.Filter(must=[_is("kind", "document")]),
+                offset=start,
+                limit=limit + 1,
+                with_payload=models.PayloadSelectorExclude(exclude=["text"]),
+            )
+        return [stored_document(record.payload or {}) for record in records if record.id != start][:limit]
+
+    async def document(self, document_id: str) -> tuple[StoredDocument, str] | None:
+        """Give one document and its whole text, or None."""
+        async with _translated():
+            record = await self._record(document_id)
+        return (stored_document(record), record["text"]) if record else None
+
+    async def delete(self, document_id: str) -> bool:
+        """Remove a document and all its chunks in one operation; False when there was none."""
+        async with self._writing, _translated():
+            if await self._record(document_id) is None:
+                return False
+            everything = models.Filter(must=[_is("document_id", document_id)])
+            await self._client.delete(self._collection, models.FilterSelector(filter=everything))
+            return True
+
+    async def counts(self) -> tuple[int, int]:
+        """Count documents and chunks."""
+        async with _translated():
+            return await self._count("document"), await self._count("chunk")
+
+    async def filter_fields(self) -> tuple[str, ...]:
+        """List the metadata fields of all documents, sorted."""
+        async with _translated():
+            found = await self._client.facet(self._collection, "fields", limit=MAX_FIELDS, exact=True)
+        return tuple(sorted(str(hit.value) for hit in found.hits))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def _record(self, document_id: str) -> Payload | None:
+        found = await self._client.retrieve(self._collection, [record_id(document_id)])
+        return found[0].payload if found else None
+
+    async def _count(self, kind: str) -> int:
+        matching = models.Filter(must=[_is("kind", kind)])
+        return (await self._client.count(self._collection, count_filter=matching, exact=True)).count
+
+
+async def _check_version(client: AsyncQdrantClient, url: str) -> None:
+    version = (await client.info()).version
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers < OLDEST_VERSION:
+        needed = ".".join(map(str, OLDEST_VERSION))
+        raise ConfigurationError(f"store.url: the Qdrant server at {url} is {version}; Cleave needs {needed} or newer.")
+
+
+async def _create(client: AsyncQdrantClient, collection: str, dimension: int) -> None:
+    try:
+        await client.create_collection(
+            collection,
+            vectors_config={DENSE: models.VectorParams(size=dimension, distance=models.Distance.COSINE)},
+            sparse_vectors_config={SPARSE: models.SparseVectorParams(modifier=models.Modifier.IDF)},
+        )
+    except UnexpectedResponse as error:
+        # Conflict: another process has created it since we looked.
+        if error.status_code != 409:
+            raise
+
+
+async def _index_payload(client: AsyncQdrantClient, collection: str) -> None:
+    """Index the fields that filters name; one that is indexed stays as it is."""
+    for field in KEYWORD_FIELDS:
+        await client.create_payload_index(collection, field, models.PayloadSchemaType.KEYWORD)
+    await client.create_payload_index(collection, "ingested_at", models.PayloadSchemaType.FLOAT)
+
+
+async def _check_manifest(client: AsyncQdrantClient, collection: str, manifest: Manifest) -> None:
+    stored = await client.retrieve(collection, [MANIFEST_ID])
+    if not stored and (await client.count(collection, exact=True)).count == 0:
+        await client.upsert(collection, _structs([manifest_point(manifest)]))
+        return
+    payload = stored[0].payload if stored else None
+    changed = difference(payload["manifest"] if payload else {}, manifest)
+    if changed:
+        raise CollectionMismatch(
+            f"The collection {collection!r} was written with other settings ({changed}): "
+            "name another store.collection, or delete this one on the server and ingest again."
+        )
+
+
+def _publishing(document_id: str, ingested_at: float) -> list[models.UpdateOperation]:
+    """Make a version's staged chunks findable and remove all that is older."""
+    of_document = _is("document_id", document_id)
+    this_write = models.Range(gte=ingested_at, lte=ingested_at)
+    staged = [of_document, _is("kind", "staged"), models.FieldCondition(key="ingested_at", range=this_write)]
+    older = [of_document, models.FieldCondition(key="ingested_at", range=models.Range(lt=ingested_at))]
+    return [
+        models.SetPayloadOperation(
+            set_payload=models.SetPayload(payload={"kind": "chunk"}, filter=models.Filter(must=staged))
+        ),
+        models.DeleteOperation(delete=models.FilterSelector(filter=models.Filter(must=older))),
+    ]
+
+
+def _structs(points: Iterable[Point]) -> list[models.PointStruct]:
+    return [models.PointStruct(id=point.id, vector=_vectors(point), payload=point.payload) for point in points]
+
+
+def _vectors(point: Point) -> dict[str, Any]:
+    vectors: dict[str, Any] = {}
+    if point.dense is not None:
+        vectors[DENSE] = list(point.dense)
+    if point.sparse:
+        vectors[SPARSE] = _sparse_vector(point.sparse)
+    return vectors
+
+
+def _sparse_vector(weights: Mapping[int, float]) -> models.SparseVector:
+    return models.SparseVector(indices=list(weights), values=list(weights.values()))
+
+
+def _is(field: str, value: str) -> models.FieldCondition:
+    return models.FieldCondition(key=field, match=models.MatchValue(value=value))
+
+
+def _any_of(field: str, values: list[str]) -> models.FieldCondition:
+    return models.FieldCondition(key=field, match=models.MatchAny(any=values))
+
+
+def _unusable(url: str, error: ApiException) -> str:
+    if isinstance(error, UnexpectedResponse) and error.status_code in (401, 403):
+        return f"store.url: the Qdrant server at {url} refuses the key; set store.api_key or QDRANT_API_KEY."
+    return f"store.url: no Qdrant server answers at {url} ({_one_line(error)}); start one, or change store.url."
+
+
+def _one_line(error: ApiException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except ApiException as error:
+        raise RetrieverUnavailable(
+            f"The Qdrant server does not answer: {_one_line(error)}", retry_after_s=RETRY_AFTER_S
+        ) from error

@@ -1,0 +1,443 @@
+"""One contract for both stores; then what only the embedded one promises: its folder, and a kill at any moment."""
+
+import asyncio
+import contextlib
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+from qdrant_client import AsyncQdrantClient
+
+from app import sparse
+from app.domain import Chunk, Document, EncodedChunk, Filters, Passage
+from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
+from app.store import Manifest, Store, edge
+from app.store.edge import open_edge_store
+from app.store.payload import MAX_CHUNKS_PER_OPERATION, best_passages, chunk_points, difference
+from app.store.server import ServerStore, open_server_store
+
+DIMENSION = 8
+MANIFEST: Manifest = {"embedding.model": "fake", "chunking.max_tokens": 160}
+ROOT = Path(__file__).parent.parent
+
+
+def vector(text: str) -> tuple[float, ...]:
+    """A direction that depends on the text alone."""
+    generator = random.Random(text)
+    return tuple(generator.gauss(0, 1) for _ in range(DIMENSION))
+
+
+def encode(*texts: str) -> list[EncodedChunk]:
+    return [
+        EncodedChunk(Chunk(index, text, 0, len(text)), vector(text), sparse.encode_document(text))
+        for index, text in enumerate(texts)
+    ]
+
+
+def essay(document_id: str, num_chunks: int, version: str = "first") -> tuple[Document, list[EncodedChunk]]:
+    """A document that can be asked for by its name; the text of each chunk names its version."""
+    document = Document(document_id, "Essay", f"{document_id} {version}", metadata={"name": document_id})
+    return document, encode(*(f"{version} {index}" for index in range(num_chunks)))
+
+
+async def put(store: Store, document_id: str, *texts: str, **metadata: str | int | float | bool) -> None:
+    await store.put(Document(document_id, document_id.title(), " ".join(texts), metadata=metadata), encode(*texts))
+
+
+async def search(
+    store: Store,
+    text: str,
+    *,
+    filters: Filters | None = None,
+    limit: int = 10,
+    num_candidates: int = 50,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> list[Passage]:
+    return await store.search(
+        vector(text),
+        sparse.encode_query(text),
+        filters=filters or {},
+        limit=limit,
+        num_candidates=num_candidates,
+        weights=weights,
+    )
+
+
+async def chunks_of(store: Store, document_id: str) -> list[str]:
+    """The texts of all chunks that a search can find of a document from `essay`."""
+    found = await search(store, "x", filters={"name": document_id}, limit=500, num_candidates=500, weights=(1, 0))
+    return sorted(passage.text for passage in found)
+
+
+def texts(passages: Sequence[Passage]) -> list[str]:
+    return [passage.text for passage in passages]
+
+
+async def open_store(kind: str, folder: Path) -> Store:
+    if kind == "edge":
+        return open_edge_store(folder / "collection", dimension=DIMENSION, manifest=MANIFEST)
+    return await open_server_store(url=":memory:", api_key=None, collection="c", dimension=DIMENSION, manifest=MANIFEST)
+
+
+@pytest.fixture(params=["edge", "server"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    opened = await open_store(request.param, tmp_path)
+    yield opened
+    await opened.close()
+
+
+async def test_an_empty_collection_answers_with_nothing(store: Store) -> None:
+    assert await store.counts() == (0, 0)
+    assert await store.filter_fields() == ()
+    assert await store.documents() == []
+    assert await store.document("absent") is None
+    assert await search(store, "anything") == []
+    assert not await store.delete("absent")
+
+
+async def test_a_passage_carries_what_a_reader_needs(store: Store) -> None:
+    document = Document("fox", "The Fox", "Foxes dig. They sleep.", "https://x.org/fox", {"year": 2024})
+    await store.put(document, encode("Foxes dig.", "They sleep."))
+    best = (await search(store, "They sleep."))[0]
+    assert (best.chunk_id, best.document_id, best.text) == ("fox#1", "fox", "They sleep.")
+    assert (best.title, best.url, best.metadata) == ("The Fox", "https://x.org/fox", {"year": 2024})
+
+
+async def test_a_document_is_kept_with_its_whole_text(store: Store) -> None:
+    document = Document("ü/ß 日本 🦊", "Füchse", "Der Fuchs 🦊 schläft.", metadata={"größe": "groß", 'a."b"[0]=': "c"})
+    await store.put(document, encode("Der Fuchs 🦊", "schläft."))
+    found = await store.document(document.id)
+    assert found is not None
+    stored, text = found
+    assert text == document.text
+    assert (stored.id, stored.title, stored.metadata) == (document.id, document.title, document.metadata)
+    assert (stored.num_chunks, stored.num_characters) == (2, len(document.text))
+    assert stored.content_hash == document.content_hash
+    assert await store.filter_fields() == ('a."b"[0]=', "größe")
+    assert len(await search(store, "Fuchs", filters={"größe": "groß", 'a."b"[0]=': "c"})) == 2
+
+
+async def test_documents_come_in_pages_without_gaps_or_repeats(store: Store) -> None:
+    names = [f"document {number}" for number in range(25)]
+    for name in names:
+        await put(store, name, "text")
+    seen: list[str] = []
+    while page := await store.documents(after=seen[-1] if seen else None, limit=10):
+        seen += [stored.id for stored in page]
+    assert sorted(seen) == sorted(names)
+
+
+async def test_paging_goes_on_behind_a_document_that_was_deleted(store: Store) -> None:
+    for number in range(6):
+        await put(store, str(number), "text")
+    first, second, *rest = [stored.id for stored in await store.documents()]
+    await store.delete(second)
+    assert [stored.id for stored in await store.documents(after=second)] == rest
+    assert [stored.id for stored in await store.documents(after=first, limit=1)] == rest[:1]
+
+
+async def test_a_deleted_document_is_gone_whole(store: Store) -> None:
+    await put(store, "a", "one", "two", lang="en")
+    await put(store, "b", "one")
+    assert await store.delete("a")
+    assert await store.document("a") is None
+    assert await store.counts() == (1, 1)
+    assert await store.filter_fields() == ()
+    assert {passage.document_id for passage in await search(store, "one")} == {"b"}
+
+
+async def test_an_update_replaces_every_chunk_and_field(store: Store) -> None:
+    await put(store, "a", "old one", "old two", "old three", lang="en")
+    await put(store, "a", "new one", year=2024)
+    assert texts(await search(store, "old one")) == ["new one"]
+    assert await store.counts() == (1, 1)
+    assert await store.filter_fields() == ("year",)
+
+
+async def test_the_same_version_with_fewer_chunks_leaves_none_behind(store: Store) -> None:
+    document, chunks = essay("a", 3)
+    await store.put(document, chunks)
+    await store.put(document, chunks[:1])
+    assert await store.counts() == (1, 1)
+
+
+async def test_a_document_without_chunks_is_kept(store: Store) -> None:
+    await put(store, "blank")
+    assert await store.counts() == (1, 0)
+
+
+@pytest.mark.parametrize("sizes", [(300, 2), (2, 300), (300, 290), (2 * MAX_CHUNKS_PER_OPERATION, 0)])
+async def test_a_long_document_is_written_and_replaced_whole(store: Store, sizes: tuple[int, int]) -> None:
+    for size, version in zip(sizes, ("old", "new"), strict=True):
+        await store.put(*essay("long", size, version))
+        assert await chunks_of(store, "long") == sorted(f"{version} {index}" for index in range(size))
+        assert await store.counts() == (1, size)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ("en", {"string"}),
+        (2024, {"integer"}),
+        (2024.0, {"integer"}),
+        ("2024", {"numeral"}),
+        (1.5, {"float"}),
+        (True, {"true"}),
+        (1, {"one"}),
+        (False, {"false"}),
+        (["en", 1.5, True], {"string", "float", "true"}),
+        (["absent"], set()),
+        ([], set()),
+    ],
+)
+async def test_a_filter_matches_values_of_its_type(store: Store, wanted: str | list[str], found: set[str]) -> None:
+    values = {"string": "en", "integer": 2024, "numeral": "2024", "float": 1.5, "true": True, "one": 1, "false": False}
+    for name, value in values.items():
+        await put(store, name, "text", field=value)
+        stored = await store.document(name)
+        assert stored is not None
+        assert type(stored[0].metadata["field"]) is type(value)
+    assert {passage.document_id for passage in await search(store, "text", filters={"field": wanted})} == found
+
+
+async def test_all_filters_must_match(store: Store) -> None:
+    await put(store, "a", "text", lang="en", year=2023)
+    await put(store, "b", "text", lang="en", year=2024)
+    await put(store, "c", "text", lang="de", year=2024)
+    found = await search(store, "text", filters={"lang": ["en", "fr"], "year": 2024})
+    assert [passage.document_id for passage in found] == ["b"]
+    assert await store.filter_fields() == ("lang", "year")
+
+
+async def test_a_filter_reaches_what_better_hits_would_crowd_out(store: Store) -> None:
+    for number in range(30):
+        await put(store, f"near {number}", "fox", lang="en")
+    await put(store, "far", "fox and much else", lang="de")
+    found = await search(store, "fox", filters={"lang": "de"}, num_candidates=2)
+    assert [passage.document_id for passage in found] == ["far"]
+
+
+async def test_a_weight_of_zero_leaves_its_list_out(store: Store) -> None:
+    await put(store, "words", "fox fox fox")
+    await put(store, "other", "entirely different")
+    assert [passage.document_id for passage in await search(store, "fox", weights=(0, 1))] == ["words"]
+    assert len(await search(store, "fox", weights=(1, 0))) == 2
+    assert await search(store, "fox", weights=(0, 0)) == []
+
+
+async def test_a_question_of_stop_words_alone_is_searched_by_meaning(store: Store) -> None:
+    await put(store, "a", "the of and", "fox")
+    assert texts(await search(store, "the of and"))[0] == "the of and"
+    assert await search(store, "the of and", weights=(0, 1)) == []
+
+
+async def test_equal_scores_come_in_one_order(store: Store) -> None:
+    for name in "dbca":
+        await put(store, name, "same words")
+    orders = {tuple(p.chunk_id for p in await search(store, "same words", num_candidates=4)) for _ in range(20)}
+    assert len(orders) == 1
+
+
+async def test_both_stores_rank_alike(tmp_path: Path) -> None:
+    stores = [await open_store(kind, tmp_path) for kind in ("edge", "server")]
+    generator = random.Random(7)
+    words = [f"word{number}" for number in range(30)]
+    for number in range(40):
+        corpus = [" ".join(generator.choices(words, k=5 + 3 * number + index)) for index in range(2)]
+        for one in stores:
+            await put(one, f"d{number}", *corpus, year=2000 + number % 3)
+    for number in range(20):
+        question = " ".join(generator.sample(words, 3))
+        filters: Filters = {"year": [2001, 2002]} if number % 2 else {}
+        weights = generator.choice([(1.0, 1.0), (3.0, 1.0), (1.0, 0.5), (0.0, 1.0), (1.0, 0.0)])
+        one, other = [
+            [(p.chunk_id, round(p.score, 6)) for p in await search(one, question, filters=filters, weights=weights)]
+            for one in stores
+        ]
+        assert one == other
+    for one in stores:
+        await one.close()
+
+
+async def test_a_search_sees_one_version_while_documents_are_written(store: Store) -> None:
+    await store.put(*essay("busy", 150, "0"))
+
+    async def write() -> None:
+        for version in range(1, 6):
+            await store.put(*essay("busy", 150, str(version)))
+
+    writing = [asyncio.create_task(write()), *(asyncio.create_task(put(store, f"d{n}", "text")) for n in range(20))]
+    while not all(task.done() for task in writing):
+        found = await chunks_of(store, "busy")
+        assert len(found) == 150
+        assert len({text.split()[0] for text in found}) == 1
+    await asyncio.gather(*writing)
+    assert await store.counts() == (21, 170)
+
+
+def test_of_two_versions_in_a_result_the_newer_is_kept() -> None:
+    old, new = (chunk_points(*essay("a", 2, version), at) for version, at in (("old", 1.0), ("new", 2.0)))
+    hits = [(point.payload, 0.9 - number / 10) for number, point in enumerate([*old, *new])]
+    assert texts(best_passages(hits, 4)) == ["new 0", "new 1"]
+
+
+def test_a_difference_of_manifests_is_readable() -> None:
+    stored = {"embedding.model": "a", "sparse.b": 0.75, "gone": 1}
+    wanted = {"embedding.model": "b", "sparse.b": 0.75, "chunking.max_tokens": 160}
+    assert difference(stored, wanted) == (
+        "chunking.max_tokens: was absent, now 160; embedding.model: was 'a', now 'b'; gone: was 1, now absent"
+    )
+    assert difference(stored, dict(stored)) == ""
+
+
+# The server
+
+
+async def test_a_server_that_is_not_there_is_named_at_the_start() -> None:
+    with pytest.raises(ConfigurationError, match=r"store\.url: no Qdrant server answers at http://127\.0\.0\.1:1 "):
+        await open_server_store(
+            url="http://127.0.0.1:1", api_key=None, collection="c", dimension=DIMENSION, manifest=MANIFEST
+        )
+
+
+async def test_a_server_that_went_away_is_unavailable() -> None:
+    store = ServerStore(AsyncQdrantClient(location="http://127.0.0.1:1", check_compatibility=False), "c")
+    with pytest.raises(RetrieverUnavailable, match="does not answer"):
+        await search(store, "fox")
+    with pytest.raises(RetrieverUnavailable, match="does not answer"):
+        await put(store, "fox", "text")
+
+
+# The embedded store
+
+
+def reopen(folder: Path, **changes: str | int) -> edge.EdgeStore:
+    return open_edge_store(folder / "collection", dimension=DIMENSION, manifest={**MANIFEST, **changes})
+
+
+async def test_a_reopened_folder_holds_what_was_written(tmp_path: Path) -> None:
+    store = reopen(tmp_path)
+    await put(store, "kept", "a fox digs", lang="en")
+    await put(store, "deleted", "a fox sleeps")
+    await store.delete("deleted")
+    before = await search(store, "fox")
+    await store.close()
+    store = reopen(tmp_path)
+    assert await search(store, "fox") == before
+    assert await store.counts() == (1, 1)
+    assert await store.filter_fields() == ("lang",)
+    await store.close()
+
+
+async def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
+    await reopen(tmp_path).close()
+    with pytest.raises(CollectionMismatch, match=r"max_tokens: was 160, now 128\): name another store\.collection"):
+        reopen(tmp_path, **{"chunking.max_tokens": 128})
+    await reopen(tmp_path).close()
+
+
+async def test_a_second_process_is_refused_in_one_line(tmp_path: Path) -> None:
+    store = reopen(tmp_path)
+    second = run_python(OPEN, tmp_path / "collection")
+    _, errors = second.communicate()
+    *_, line = errors.strip().splitlines()
+    assert line.startswith("app.errors.ConfigurationError: The folder ")
+    assert str(tmp_path / "collection") in line
+    assert "open in another process" in line
+    assert "store.kind" in line
+    await store.close()
+    assert run_python(OPEN, tmp_path / "collection").wait() == 0
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "collection").write_text("a file, not a folder")
+    with pytest.raises(ConfigurationError, match=f"cannot use the folder {tmp_path}/collection: Not a directory"):
+        reopen(tmp_path)
+
+
+async def test_a_full_disk_is_refused_before_the_engine_touches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = reopen(tmp_path)
+    monkeypatch.setattr(edge, "RESERVED_BYTES", 2**62)
+    with pytest.raises(RetrieverUnavailable, match="MiB free"):
+        await put(store, "a", "text")
+    await store.close()
+    with pytest.raises(ConfigurationError, match="MiB free"):
+        reopen(tmp_path)
+
+
+async def test_a_clock_that_was_set_back_does_not_keep_the_old_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = reopen(tmp_path)
+    await store.put(*essay("a", 2, "old"))
+    monkeypatch.setattr("app.store.payload.time.time", lambda: 0.0)
+    await store.put(*essay("a", 2, "new"))
+    assert await chunks_of(store, "a") == ["new 0", "new 1"]
+    await store.close()
+
+
+async def test_a_killed_writer_leaves_every_document_whole(tmp_path: Path) -> None:
+    generator = random.Random(11)
+    written: dict[str, int] = {}
+    for _ in range(12):
+        writer = run_python(WRITE, tmp_path / "collection", str(generator.random()))
+        assert writer.stdout is not None
+        for _ in range(generator.randint(1, 30)):
+            document_id, num_chunks = writer.stdout.readline().split()
+            written[document_id] = int(num_chunks)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            writer.wait(timeout=generator.uniform(0, 0.02))
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+        await check_every_document_is_whole(tmp_path, written)
+
+
+async def check_every_document_is_whole(folder: Path, written: dict[str, int]) -> None:
+    store = reopen(folder)
+    documents = await store.documents(limit=1_000)
+    assert {stored.id for stored in documents} >= written.keys()
+    for stored in documents:
+        found = await chunks_of(store, stored.id)
+        assert len(found) == stored.num_chunks
+        assert {text.split()[0] for text in found} == {stored.title}
+    assert await store.counts() == (len(documents), sum(stored.num_chunks for stored in documents))
+    await store.close()
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from tests.test_store import DIMENSION, MANIFEST
+from app.store.edge import open_edge_store
+open_edge_store(Path(sys.argv[1]), dimension=DIMENSION, manifest=MANIFEST)
+"""
+
+# Writes and rewrites 20 documents of up to three pieces without an end, and says so when one is written.
+WRITE = """
+import asyncio, random, sys
+from pathlib import Path
+from tests.test_store import DIMENSION, MANIFEST, essay
+from app.store.edge import open_edge_store
+
+async def write(path, seed):
+    store = open_edge_store(path, dimension=DIMENSION, manifest=MANIFEST)
+    generator = random.Random(seed)
+    while True:
+        document_id, version = f"d{generator.randrange(20)}", str(generator.random())
+        document, chunks = essay(document_id, generator.choice([1, 3, 20, 150, 300]), version)
+        await store.put(replace(document, title=version), chunks)
+        print(document_id, len(chunks), flush=True)
+
+asyncio.run(write(Path(sys.argv[1]), sys.argv[2]))
+"""
+
+
+def run_python(code: str, path: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", code, str(path), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
