@@ -121,6 +121,7 @@ PRICE_BESIDE_FENCE = 2.0  # between the fence and its first or last line of code
 PRICE_OF_TAIL = 0.5  # of a chunk under a quarter of the limit
 # What no cut costs before a heading deeper than the one before it, as deep, less deep.
 PRICE_OF_CHILD, PRICE_OF_SIBLING, PRICE_OF_STRANGER = 0.4, 0.6, 1.2
+PRICE_OF_PART = 0.4  # on top of that where the section then goes on in the next chunk
 
 MAX_TOKEN_CHARACTERS = 16
 """A token counts once for each so many characters: a word that the encoder does not know may be a page long."""
@@ -182,21 +183,28 @@ def split(document_text: str, tokenizer: Tokenizer, *, max_tokens: int) -> list[
 def _pieces(text: str, ruler: Ruler) -> Iterator[Piece]:
     """Break a document into pieces that fit, and price the places between them."""
     path: Path = ()
-    lead: int | None = None  # where the headings start that still wait for their text
+    lead = 0  # where that starts which announces the block
     previous: Block | None = None
     for block in _with_lists(text):
         cut, no_cut = _price(text, previous, block), 0.0
+        if previous is None or not _announces(text, previous, block):
+            lead = block.start
         if block.kind == "heading":
             outer, path = path, _enter(path, text[block.start : block.end])
-            no_cut = _price_of_mixing(outer, path) if lead is None else 0.0
-            lead = block.start if lead is None else lead
-        for piece in _broken(text, block, cut, block.start if lead is None else lead, ruler):
-            start, end, cut = piece
-            yield Piece(start, end, path, cut, no_cut)
+            no_cut = _price_of_mixing(outer, path) if lead == block.start else 0.0
+        for start, end, inner_cut in _broken(text, block, cut, lead, ruler):
+            yield Piece(start, end, path, inner_cut, no_cut)
             no_cut = 0.0
-        if block.kind != "heading":
-            lead = None
         previous = block
+
+
+def _announces(text: str, previous: Block, block: Block) -> bool:
+    """Tell whether a block fits only if what stands before it fits too: its headings, or "like this:" above a list."""
+    return previous.kind == "heading" or (block.kind == "list" and _ends_with_colon(text, previous))
+
+
+def _ends_with_colon(text: str, block: Block) -> bool:
+    return text[block.start : block.end].rstrip().endswith(":")
 
 
 def _price(text: str, previous: Block | None, block: Block) -> float:
@@ -205,7 +213,7 @@ def _price(text: str, previous: Block | None, block: Block) -> float:
         return 0.0
     if previous.kind == "heading":
         return PRICE_AFTER_HEADING
-    if block.kind != "text" and text[previous.start : previous.end].rstrip().endswith(":"):
+    if block.kind not in ("heading", "text") and _ends_with_colon(text, previous):
         return max(PRICE_AFTER_COLON, PRICES[block.kind])
     return PRICES[block.kind]
 
@@ -235,7 +243,7 @@ def _heading_of(pieces: Sequence[Piece]) -> str:
 
 
 def _broken(text: str, block: Block, cut: float, lead: int, ruler: Ruler) -> Iterator[tuple[int, int, float]]:
-    """Break a block until each piece fits, the first one together with its headings, which start at `lead`."""
+    """Break a block until each piece fits, the first one together with what announces it, from `lead` on."""
     # Rather part a sentence from its heading than cut it.
     small = block.kind in ("sentence", "line") and ruler.fits(block.start, block.end)
     if small or block.kind == "slice" or ruler.fits(lead, block.end):
@@ -306,12 +314,14 @@ def _cheapest_cuts(pieces: Sequence[Piece], ruler: Ruler) -> list[int]:
     origins = [0]
     for last, end in enumerate(ends):
         best, origin = math.inf, last
+        goes_on = last + 1 < len(pieces) and pieces[last + 1].path == pieces[last].path
         for first in range(last, -1, -1):
             fill = (end - firsts[first]) / ruler.limit
             if fill > 1 and first < last:
                 break
-            cost = costs[first] + pieces[first].cut + mixed[last] - mixed[first] + (1 - fill) ** 2
-            cost += PRICE_OF_TAIL * (fill < 0.25)
+            mixing = mixed[last] - mixed[first]
+            cost = costs[first] + pieces[first].cut + mixing + (1 - fill) ** 2
+            cost += PRICE_OF_TAIL * (fill < 0.25) + PRICE_OF_PART * (goes_on and mixing > 0)
             if cost < best:
                 best, origin = cost, first
         costs.append(best)
@@ -377,7 +387,7 @@ SUBSTANCE = re.compile(r"(?<![^\W_])(?!(?:Chapter|Figure|Lesson|Part|Question|Se
 MIN_TRAILING_OFF = 15  # characters: "So... I tried" is one sentence
 FENCES = re.compile(r"^[ \t]*(?P<mark>`{3,}|~{3,})(?P<info>.*)$", re.MULTILINE)
 INLINE_CODE = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n[ \t]*\n)[\s\S]){1,1000}?(?<!`)\1(?!`)")
-QUOTE_MARK = re.compile(r"^[ ]{0,3}>[ \t]?", re.MULTILINE)
+QUOTE_MARKS = re.compile(r"^(?:[ ]{0,3}>[ \t]?)+", re.MULTILINE)
 ITEM_MARK = re.compile(rf"[ \t]*{MARKER}[ \t]* (?:\[[ xX]\][ ])?", re.VERBOSE)
 WORD = re.compile(r"\w")
 
@@ -401,7 +411,7 @@ def _sentences_of(text: str, kind: Kind) -> Iterable[str]:
         case "table":
             return [" | ".join(cell.strip() for cell in row.strip().strip("|").split("|")) for row in text.splitlines()]
         case "quote":
-            return sentences(QUOTE_MARK.sub("", text))
+            return sentences(QUOTE_MARKS.sub("", text))
         case "text" if "\n" in text and SYNTAX.search(text) and not PROSE.search(text):
             return [text.strip()]  # code without a fence, or the middle of what has one
         case _:

@@ -35,6 +35,7 @@ MAX_DOCX_XML_BYTES = 20 * 2**20
 MAX_DOCX_BYTES = 200 * 2**20
 """Everything unpacked, pictures too."""
 
+MAX_TITLE_CHARACTERS = 300
 ADDRESS_KEYS = ("link", "url", "source")
 """Where a document's address is looked for, best first."""
 
@@ -137,7 +138,7 @@ def _clean(text: str) -> str:
 
 
 def _tidy(prose: str) -> str:
-    # The last line goes on in the code that follows: its trailing space is none.
+    # The last line may go on in inline code, so that its trailing space parts words.
     *lines, last = map(_fold, prose.split("\n"))
     return BLANK_LINES.sub("\n\n\n", "\n".join([*(line.rstrip() for line in lines), last]))
 
@@ -195,6 +196,7 @@ def _check(name: str, suffix: str, content: bytes, max_bytes: int) -> None:
 def _document(id: str, page: _Page, text: str, fallback_title: str, metadata: Metadata) -> Document:
     url, fields = _take_address(page.fields)
     title = _one_line(page.title) or _first_heading(text) or _one_line(fallback_title)
+    title = title[:MAX_TITLE_CHARACTERS].rstrip()
     return Document(id, title, text, url, {**_scalars(fields), **_scalars(metadata)})
 
 

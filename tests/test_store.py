@@ -13,7 +13,7 @@ import pytest
 from qdrant_client import AsyncQdrantClient
 
 from app import sparse
-from app.domain import Chunk, Document, EncodedChunk, Filters, Passage
+from app.domain import Chunk, Document, EncodedChunk, Filters, Passage, Scalar
 from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
 from app.store import Manifest, Store, edge
 from app.store.edge import open_edge_store
@@ -44,7 +44,7 @@ def essay(document_id: str, num_chunks: int, version: str = "first") -> tuple[Do
     return document, encode(*(f"{version} {index}" for index in range(num_chunks)))
 
 
-async def put(store: Store, document_id: str, *texts: str, **metadata: str | int | float | bool) -> None:
+async def put(store: Store, document_id: str, *texts: str, **metadata: Scalar) -> None:
     await store.put(Document(document_id, document_id.title(), " ".join(texts), metadata=metadata), encode(*texts))
 
 
@@ -194,8 +194,18 @@ async def test_a_long_document_is_written_and_replaced_whole(store: Store, sizes
         ([], set()),
     ],
 )
-async def test_a_filter_matches_values_of_its_type(store: Store, wanted: str | list[str], found: set[str]) -> None:
-    values = {"string": "en", "integer": 2024, "numeral": "2024", "float": 1.5, "true": True, "one": 1, "false": False}
+async def test_a_filter_matches_values_of_its_type(
+    store: Store, wanted: Scalar | list[Scalar], found: set[str]
+) -> None:
+    values: dict[str, Scalar] = {
+        "string": "en",
+        "integer": 2024,
+        "numeral": "2024",
+        "float": 1.5,
+        "true": True,
+        "one": 1,
+        "false": False,
+    }
     for name, value in values.items():
         await put(store, name, "text", field=value)
         stored = await store.document(name)
@@ -254,11 +264,11 @@ async def test_both_stores_rank_alike(tmp_path: Path) -> None:
         question = " ".join(generator.sample(words, 3))
         filters: Filters = {"year": [2001, 2002]} if number % 2 else {}
         weights = generator.choice([(1.0, 1.0), (3.0, 1.0), (1.0, 0.5), (0.0, 1.0), (1.0, 0.0)])
-        one, other = [
+        rankings = [
             [(p.chunk_id, round(p.score, 6)) for p in await search(one, question, filters=filters, weights=weights)]
             for one in stores
         ]
-        assert one == other
+        assert rankings[0] == rankings[1]
     for one in stores:
         await one.close()
 
@@ -272,6 +282,7 @@ async def test_a_search_sees_one_version_while_documents_are_written(store: Stor
 
     writing = [asyncio.create_task(write()), *(asyncio.create_task(put(store, f"d{n}", "text")) for n in range(20))]
     while not all(task.done() for task in writing):
+        await asyncio.sleep(0)  # The store in memory never gives way by itself.
         found = await chunks_of(store, "busy")
         assert len(found) == 150
         assert len({text.split()[0] for text in found}) == 1
@@ -280,14 +291,14 @@ async def test_a_search_sees_one_version_while_documents_are_written(store: Stor
 
 
 def test_of_two_versions_in_a_result_the_newer_is_kept() -> None:
-    old, new = (chunk_points(*essay("a", 2, version), at) for version, at in (("old", 1.0), ("new", 2.0)))
+    old, new = (chunk_points(*essay("a", 2, version), at) for version, at in (("old", 1), ("new", 2)))
     hits = [(point.payload, 0.9 - number / 10) for number, point in enumerate([*old, *new])]
     assert texts(best_passages(hits, 4)) == ["new 0", "new 1"]
 
 
 def test_a_difference_of_manifests_is_readable() -> None:
-    stored = {"embedding.model": "a", "sparse.b": 0.75, "gone": 1}
-    wanted = {"embedding.model": "b", "sparse.b": 0.75, "chunking.max_tokens": 160}
+    stored: Manifest = {"embedding.model": "a", "sparse.b": 0.75, "gone": 1}
+    wanted: Manifest = {"embedding.model": "b", "sparse.b": 0.75, "chunking.max_tokens": 160}
     assert difference(stored, wanted) == (
         "chunking.max_tokens: was absent, now 160; embedding.model: was 'a', now 'b'; gone: was 1, now absent"
     )
@@ -421,6 +432,7 @@ open_edge_store(Path(sys.argv[1]), dimension=DIMENSION, manifest=MANIFEST)
 # Writes and rewrites 20 documents of up to three pieces without an end, and says so when one is written.
 WRITE = """
 import asyncio, random, sys
+from dataclasses import replace
 from pathlib import Path
 from tests.test_store import DIMENSION, MANIFEST, essay
 from app.store.edge import open_edge_store

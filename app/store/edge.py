@@ -38,7 +38,7 @@ from app.store.payload import (
     difference,
     intent_point,
     manifest_point,
-    next_ingested_at,
+    next_revision,
     num_hits,
     record_id,
     record_point,
@@ -57,10 +57,13 @@ POINTS_PER_FLUSH = 1_000
 RESERVED_BYTES = 128 * 2**20
 
 # Builds the graph over new vectors and drops the remains of deleted ones. In a process of its own, because it can
-# take minutes, in which no other Python code of the process would run. Ctrl-C ends it, as it ends its parent.
+# take minutes, in which no other Python code of the process would run. It ends with its parent, whether by Ctrl-C or
+# by a kill (prctl's first option, PR_SET_PDEATHSIG): left alone it would keep the folder from the next owner.
 _TIDY = """
-import signal, sys, qdrant_edge
+import ctypes, signal, sys, qdrant_edge
 signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 shard = qdrant_edge.EdgeShard.load(sys.argv[1])
 shard.optimize()
 shard.close()
@@ -103,11 +106,11 @@ class EdgeStore:
         early, last = split(chunks)
         async with self._writing:
             previous = await self._run(_record, self._shard, document.id)
-            ingested_at = next_ingested_at(previous)
+            revision = next_revision(previous)
             for piece in early:
-                await self._run(self._write, partial(chunk_points, document, piece, ingested_at, staged=True))
+                await self._run(self._write, partial(chunk_points, document, piece, revision, staged=True))
             is_whole = previous is None and not early
-            await self._run(self._commit, document, len(chunks), last, ingested_at, is_whole)
+            await self._run(self._commit, document, len(chunks), last, revision, is_whole)
 
     async def search(
         self,
@@ -169,7 +172,7 @@ class EdgeStore:
             self._num_unflushed = 0
 
     def _commit(
-        self, document: Document, num_chunks: int, last: Sequence[EncodedChunk], ingested_at: float, is_whole: bool
+        self, document: Document, num_chunks: int, last: Sequence[EncodedChunk], revision: int, is_whole: bool
     ) -> None:
         """Make a version the valid one. An operation is wholly in the write-ahead log or not at all.
 
@@ -177,12 +180,12 @@ class EdgeStore:
         """
 
         def points() -> list[Point]:
-            written = [record_point(document, num_chunks, ingested_at), *chunk_points(document, last, ingested_at)]
+            written = [record_point(document, num_chunks, revision), *chunk_points(document, last, revision)]
             return written if is_whole else [*written, intent_point(document.id)]
 
         self._write(points)
         if not is_whole:
-            _publish(self._shard, document.id, ingested_at)
+            _publish(self._shard, document.id, revision)
 
     def _search(
         self,
@@ -236,7 +239,7 @@ class EdgeStore:
 
     def _filter_fields(self) -> tuple[str, ...]:
         hits = self._shard.facet(engine.FacetRequest(key="fields", limit=MAX_FIELDS, exact=True)).hits
-        return tuple(sorted(str(hit.value) for hit in hits))
+        return tuple(sorted(str(hit.value) for hit in hits if hit.count))
 
 
 def _create(path: Path, dimension: int, manifest: Manifest) -> None:
@@ -273,15 +276,15 @@ def _finish_writes(shard: EdgeShard) -> None:
         document_id = _payload(intent)["document_id"]
         record = _record(shard, document_id)
         if record is not None:
-            _publish(shard, document_id, record["ingested_at"])
+            _publish(shard, document_id, record["revision"])
     shard.update(UpdateOperation.delete_points_by_filter(Filter(must=[_is("kind", "staged")])))
 
 
-def _publish(shard: EdgeShard, document_id: str, ingested_at: float) -> None:
+def _publish(shard: EdgeShard, document_id: str, revision: int) -> None:
     """Make a version's staged chunks findable and remove all that is older; done twice, it does the same."""
     of_document = _is("document_id", document_id)
-    staged = Filter(must=[of_document, _is("kind", "staged"), _at("ingested_at", ingested_at)])
-    older = Filter(must=[of_document, FieldCondition("ingested_at", range=RangeFloat(lt=ingested_at))])
+    staged = Filter(must=[of_document, _is("kind", "staged"), _at("revision", revision)])
+    older = Filter(must=[of_document, FieldCondition("revision", range=RangeFloat(lt=revision))])
     shard.update(UpdateOperation.set_payload_by_filter(staged, {"kind": "chunk"}))
     shard.update(UpdateOperation.delete_points_by_filter(older))
 
@@ -324,7 +327,7 @@ def _any_of(field: str, values: list[str]) -> FieldCondition:
     return FieldCondition(field, match=MatchAny(values))
 
 
-def _at(field: str, value: float) -> FieldCondition:
+def _at(field: str, value: int) -> FieldCondition:
     return FieldCondition(field, range=RangeFloat(gte=value, lte=value))
 
 

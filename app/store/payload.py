@@ -1,8 +1,8 @@
 """What both engines write and read, in plain Python: points, their ids and payloads, and the order of a result.
 
 A document is one record point (its text, and what the store says of it) and one point per chunk. Each carries
-`document_id` and `ingested_at`, the time of the write, which never runs backwards for a document: so "all that is
-older than this write" is one filter, and of two versions in one result the newer is known.
+`document_id` and `revision`, the time of the write, which only rises for a document: so "all that is older than this
+write" is one filter, and of two versions in one result the newer is known.
 """
 
 import json
@@ -27,6 +27,7 @@ RANK_CONSTANT = 60
 MAX_FIELDS = 10_000
 MAX_CHUNKS_PER_OPERATION = 128
 """A longer document is staged piece by piece, so that no single call holds up the others."""
+MICROSECONDS = 1_000_000
 
 _ABSENT = object()
 _NAMESPACE = uuid.UUID("6f1d6c1e-5d0b-5b8e-9c55-0a1c1ea7e000")
@@ -55,7 +56,7 @@ def chunk_id(document_id: str, version: str, index: int) -> str:
     return str(uuid.uuid5(_NAMESPACE, f"chunk\n{version}\n{index}\n{document_id}"))
 
 
-def record_point(document: Document, num_chunks: int, ingested_at: float) -> Point:
+def record_point(document: Document, num_chunks: int, revision: int) -> Point:
     """Make the point that stands for the whole document."""
     payload = {
         "kind": "document",
@@ -68,13 +69,14 @@ def record_point(document: Document, num_chunks: int, ingested_at: float) -> Poi
         "content_hash": document.content_hash,
         "num_chunks": num_chunks,
         "num_characters": len(document.text),
-        "ingested_at": ingested_at,
+        "ingested_at": revision / MICROSECONDS,
+        "revision": revision,
     }
     return Point(record_id(document.id), payload)
 
 
 def chunk_points(
-    document: Document, chunks: Iterable[EncodedChunk], ingested_at: float, *, staged: bool = False
+    document: Document, chunks: Iterable[EncodedChunk], revision: int, *, staged: bool = False
 ) -> list[Point]:
     """Make the points of some chunks of a document; staged ones are not found until they are published."""
     version = document.content_hash
@@ -86,7 +88,7 @@ def chunk_points(
         "url": document.url,
         "metadata": dict(document.metadata),
         "terms": [term(field, value) for field, value in document.metadata.items()],
-        "ingested_at": ingested_at,
+        "revision": revision,
     }
     return [
         Point(
@@ -108,7 +110,7 @@ def chunk_points(
 
 def intent_point(document_id: str) -> Point:
     """Make the note that a write has begun to replace a document; it is older than any write, and goes with them."""
-    payload = {"kind": "intent", "document_id": document_id, "ingested_at": 0.0}
+    payload = {"kind": "intent", "document_id": document_id, "revision": 0}
     return Point(str(uuid.uuid5(_NAMESPACE, f"intent\n{document_id}")), payload)
 
 
@@ -124,10 +126,13 @@ def split(chunks: Sequence[EncodedChunk]) -> tuple[list[Sequence[EncodedChunk]],
     return early, last
 
 
-def next_ingested_at(previous: Payload | None) -> float:
-    """Give the time of a write: now, but behind the document's previous one even if the clock was set back."""
-    earliest = previous["ingested_at"] + 0.001 if previous else 0.0
-    return max(time.time(), earliest)
+def next_revision(previous: Payload | None) -> int:
+    """Give the time of a write: now, but behind the document's previous one even if the clock was set back.
+
+    In whole microseconds, because the engine reads a fraction back with an error in its last digit.
+    """
+    now = int(time.time() * MICROSECONDS)
+    return max(now, previous["revision"] + 1) if previous else now
 
 
 def term(field: str, value: Scalar) -> str:
@@ -182,11 +187,11 @@ def num_hits(limit: int) -> int:
 
 def best_passages(hits: Sequence[tuple[Payload, float]], limit: int) -> list[Passage]:
     """Keep the newest version of each document, order by score, and break ties, which the engine leaves to chance."""
-    newest: dict[str, float] = {}
+    newest: dict[str, int] = {}
     for payload, _ in hits:
         document_id = payload["document_id"]
-        newest[document_id] = max(payload["ingested_at"], newest.get(document_id, 0.0))
-    current = [hit for hit in hits if hit[0]["ingested_at"] == newest[hit[0]["document_id"]]]
+        newest[document_id] = max(payload["revision"], newest.get(document_id, 0))
+    current = [hit for hit in hits if hit[0]["revision"] == newest[hit[0]["document_id"]]]
     current.sort(key=lambda hit: (-hit[1], hit[0]["document_id"], hit[0]["index"]))
     return [passage(payload, score) for payload, score in current[:limit]]
 

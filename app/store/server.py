@@ -29,7 +29,7 @@ from app.store.payload import (
     chunk_points,
     difference,
     manifest_point,
-    next_ingested_at,
+    next_revision,
     num_hits,
     record_id,
     record_point,
@@ -78,16 +78,16 @@ class ServerStore:
         """Write a document with all its chunks; an older version under the same id is gone afterwards."""
         early, last = split(chunks)
         async with self._writing, _translated():
-            ingested_at = next_ingested_at(await self._record(document.id))
+            revision = next_revision(await self._record(document.id))
             for piece in early:
-                staged = chunk_points(document, piece, ingested_at, staged=True)
+                staged = chunk_points(document, piece, revision, staged=True)
                 await self._client.upsert(self._collection, _structs(staged))
-            points = [record_point(document, len(chunks), ingested_at), *chunk_points(document, last, ingested_at)]
+            points = [record_point(document, len(chunks), revision), *chunk_points(document, last, revision)]
             await self._client.batch_update_points(
                 self._collection,
                 [
                     models.UpsertOperation(upsert=models.PointsList(points=_structs(points))),
-                    *_publishing(document.id, ingested_at),
+                    *_publishing(document.id, revision),
                 ],
             )
 
@@ -159,7 +159,7 @@ class ServerStore:
         """List the metadata fields of all documents, sorted."""
         async with _translated():
             found = await self._client.facet(self._collection, "fields", limit=MAX_FIELDS, exact=True)
-        return tuple(sorted(str(hit.value) for hit in found.hits))
+        return tuple(sorted(str(hit.value) for hit in found.hits if hit.count))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -199,7 +199,7 @@ async def _index_payload(client: AsyncQdrantClient, collection: str) -> None:
     """Index the fields that filters name; one that is indexed stays as it is."""
     for field in KEYWORD_FIELDS:
         await client.create_payload_index(collection, field, models.PayloadSchemaType.KEYWORD)
-    await client.create_payload_index(collection, "ingested_at", models.PayloadSchemaType.FLOAT)
+    await client.create_payload_index(collection, "revision", models.PayloadSchemaType.INTEGER)
 
 
 async def _check_manifest(client: AsyncQdrantClient, collection: str, manifest: Manifest) -> None:
@@ -216,12 +216,12 @@ async def _check_manifest(client: AsyncQdrantClient, collection: str, manifest: 
         )
 
 
-def _publishing(document_id: str, ingested_at: float) -> list[models.UpdateOperation]:
+def _publishing(document_id: str, revision: int) -> list[models.UpdateOperation]:
     """Make a version's staged chunks findable and remove all that is older."""
     of_document = _is("document_id", document_id)
-    this_write = models.Range(gte=ingested_at, lte=ingested_at)
-    staged = [of_document, _is("kind", "staged"), models.FieldCondition(key="ingested_at", range=this_write)]
-    older = [of_document, models.FieldCondition(key="ingested_at", range=models.Range(lt=ingested_at))]
+    this_write = models.Range(gte=revision, lte=revision)
+    staged = [of_document, _is("kind", "staged"), models.FieldCondition(key="revision", range=this_write)]
+    older = [of_document, models.FieldCondition(key="revision", range=models.Range(lt=revision))]
     return [
         models.SetPayloadOperation(
             set_payload=models.SetPayload(payload={"kind": "chunk"}, filter=models.Filter(must=staged))

@@ -1,0 +1,435 @@
+"""A running service from outside: its routes as methods, and many documents sent a few at a time.
+
+What the service reports comes out as the error that it raised inside; when no service answers, as
+`ServiceUnreachable`.
+"""
+
+import asyncio
+import ipaddress
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+from urllib.parse import quote
+
+import httpx
+
+from app.domain import Document, Filters
+from app.errors import (
+    CleaveError,
+    ConfigurationError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    TooLarge,
+    Unavailable,
+    UnreadableFile,
+)
+from app.loaders import JSONL, SUFFIXES, iterate_jsonl
+
+Record: TypeAlias = dict[str, Any]
+"""An object as the service sends it."""
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 600.0
+"""Silence after which the service counts as hanging: encoding a megabyte of text takes a minute on a laptop."""
+PROBE_TIMEOUT_S = 10.0
+PAGE_SIZE = 500
+
+
+class ServiceError(CleaveError):
+    """The service answered in a way that has no error of its own here."""
+
+    code = "service_error"
+
+
+class ServiceUnreachable(Unavailable):
+    """Nobody answers at the address."""
+
+    code = "service_unreachable"
+
+
+class Client:
+    """A connection to the service at `url`; an asynchronous context manager."""
+
+    def __init__(self, url: str) -> None:
+        self.url = _normalise_url(url)
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            # A proxy from the environment must not come between this machine and itself.
+            trust_env=not _is_loopback(httpx.URL(self.url).host),
+        )
+
+    async def __aenter__(self) -> Self:
+        """Nothing is opened before the first request."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close what is open."""
+        await self._http.aclose()
+
+    async def chat(self, question: str, **rag: Any) -> Record:
+        """Answer a question; `rag` are the options of the extension of that name."""
+        body = {"messages": [{"role": "user", "content": question}], "rag": rag}
+        return await self._request("POST", "/v1/chat/completions", json=body)
+
+    async def stream_chat(self, question: str, **rag: Any) -> AsyncGenerator[Record, None]:
+        """Answer a question in chunks, the last with the usage. An error in the stream is raised."""
+        body = {
+            "messages": [{"role": "user", "content": question}],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "rag": rag,
+        }
+        async with self._translated_errors(), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.is_error:
+                await response.aread()
+                raise self._error(response)
+            async with aclosing(_server_sent_data(response.aiter_bytes())) as events:
+                async for data in events:
+                    if data == "[DONE]":
+                        return
+                    chunk: Record = json.loads(data)
+                    if "error" in chunk:
+                        raise _cleave_error(chunk) or ServiceError("The answer broke off without a reason.")
+                    yield chunk
+        raise ServiceError("The answer broke off before its end. Ask again; the service's log may say why.")
+
+    async def search(self, query: str, *, top_k: int | None, filters: Filters) -> list[Record]:
+        """Find passages, best first."""
+        body = {"query": query, "top_k": top_k, "filters": filters}
+        return _data(await self._request("POST", "/v1/search", json=body))
+
+    async def upload(self, files: Sequence[tuple[str, bytes]]) -> list[Record]:
+        """Send files; each becomes a document under the name it is given here. One receipt per document."""
+        parts = [("files", (name, content)) for name, content in files]
+        return _data(await self._request("POST", "/v1/documents", files=parts))
+
+    async def add(self, documents: Sequence[Document]) -> list[Record]:
+        """Send documents; one receipt each, in order."""
+        bodies = [
+            {"id": one.id, "title": one.title, "text": one.text, "url": one.url, "metadata": dict(one.metadata)}
+            for one in documents
+        ]
+        return _data(await self._request("POST", "/v1/documents", json={"documents": bodies}))
+
+    async def documents(self) -> AsyncGenerator[Record, None]:
+        """List all documents, page by page."""
+        after: Record = {}
+        while True:
+            page = await self._request("GET", "/v1/documents", params={"limit": PAGE_SIZE, **after})
+            for document in page["data"]:
+                yield document
+            if not page["has_more"]:
+                return
+            after = {"after": page["data"][-1]["id"]}
+
+    async def document(self, document_id: str) -> Record:
+        """Read one document with its text."""
+        return await self._request("GET", f"/v1/documents/{quote(document_id)}")
+
+    async def delete(self, document_id: str) -> None:
+        """Remove one document."""
+        await self._request("DELETE", f"/v1/documents/{quote(document_id)}")
+
+    async def is_alive(self) -> bool:
+        """Tell whether Cleave is what answers at the address."""
+        try:
+            return await self._request("GET", "/livez", timeout=PROBE_TIMEOUT_S) == {"status": "ok"}
+        except CleaveError:
+            return False
+
+    async def readiness(self) -> Record:
+        """Say which parts are ready; a service that is not ready answers too."""
+        async with self._translated_errors():
+            response = await self._http.get("/readyz", params={"verbose": ""}, timeout=PROBE_TIMEOUT_S)
+        body = _json(response)
+        if not isinstance(body, dict) or "status" not in body:
+            raise self._error(response)
+        return body
+
+    async def _request(self, method: str, path: str, **options: Any) -> Record:
+        async with self._translated_errors():
+            response = await self._http.request(method, path, **options)
+        body = _json(response)
+        if response.is_error or not isinstance(body, dict):
+            raise self._error(response)
+        return body
+
+    def _error(self, response: httpx.Response) -> CleaveError:
+        retry_after = response.headers.get("retry-after", "")
+        retry_after_s = int(retry_after) if retry_after.isdigit() else None
+        error = _cleave_error(_json(response))
+        if error is None:
+            # Not from Cleave's own routes: from a proxy, from Ray Serve, or from another program.
+            error = _BY_STATUS.get(response.status_code, ServiceError)(
+                f"{self.url} answered {response.status_code} {response.reason_phrase} without saying why. "
+                "Is it a Cleave service, and is it up?"
+            )
+        error.retry_after_s = retry_after_s
+        return error
+
+    @asynccontextmanager
+    async def _translated_errors(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            raise ServiceUnreachable(
+                f"No service answers at {self.url}. Start it with `make serve` or `cleave serve`, "
+                "or name another with --url."
+            ) from None
+        except httpx.TimeoutException:
+            raise ServiceError(f"The service at {self.url} did not answer in time. Its log may say why.") from None
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise ServiceError(f"The connection to {self.url} broke ({reason}). Try again.") from None
+
+
+def _normalise_url(url: str) -> str:
+    url = url if "://" in url else f"http://{url}"
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL("")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ConfigurationError(f"--url: {url!r} is not an address. Write it like http://127.0.0.1:8000.")
+    return url.rstrip("/")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _server_sent_data(pieces: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
+    """Yield the data of each event. The lines of httpx will not do: they end at U+2028 too, which JSON may hold."""
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line.removeprefix(b"data:").strip().decode()
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None
+
+
+def _data(body: Record) -> list[Record]:
+    found: list[Record] = body["data"]
+    return found
+
+
+def _kinds(kind: type[CleaveError]) -> Iterator[type[CleaveError]]:
+    yield kind
+    for narrower in kind.__subclasses__():
+        yield from _kinds(narrower)
+
+
+_BY_CODE = {kind.code: kind for kind in _kinds(CleaveError)}
+_BY_STATUS = {404: NotFound, 413: TooLarge, 429: Overloaded, 503: Unavailable}
+
+
+def _cleave_error(body: object) -> CleaveError | None:
+    """Turn an error object back into the error that the service raised."""
+    match body:
+        case {"error": {"message": str(message), "code": code, "param": param}}:
+            return _BY_CODE.get(code, ServiceError)(message, param=param)
+    return None
+
+
+# --- Many documents --------------------------------------------------------------------------------------------------
+
+MAX_FILES_PER_REQUEST = 4
+MAX_DOCUMENTS_PER_REQUEST = 16
+MAX_BYTES_PER_REQUEST = 2**20
+"""Small requests: each is some seconds of encoding, so that progress shows and little is sent twice."""
+MAX_FILE_BYTES = 512 * 2**20
+"""Read into memory to be sent; the service takes far less."""
+MAX_TRIES = 5
+MAX_WAIT_S = 30.0
+
+Item: TypeAlias = tuple[str, bytes | Document | UnreadableFile]
+"""The id of a document, or the file that it should come from, and what was read there."""
+Send: TypeAlias = Callable[[Sequence[tuple[str, Any]]], Awaitable[list[Record]]]
+
+
+@dataclass(slots=True)
+class FoundFiles:
+    """What paths lead to: files by the id of their document, and what is left out."""
+
+    paths: dict[str, Path] = field(default_factory=dict)
+    skipped: list[Path] = field(default_factory=list)
+    """In folders, of kinds that cannot be read."""
+    failures: list[Record] = field(default_factory=list)
+
+    def count_documents(self) -> int:
+        """Count documents: files, and lines of files that hold one document a line."""
+        return sum(_count_lines(path) if _is_jsonl(path) else 1 for path in self.paths.values())
+
+    def add(self, document_id: str, path: Path) -> None:
+        """Take a file, unless its id is another's: the second would replace the first."""
+        known = self.paths.get(document_id)
+        if not _is_utf8(document_id):
+            self.failures.append(_failure(ascii(document_id), "the file's name is not valid UTF-8: rename it"))
+        elif known is None:
+            self.paths[document_id] = path
+        elif not known.samefile(path):
+            reason = f"{path} and {known} would be the same document: ingest a folder that holds both"
+            self.failures.append(_failure(document_id, reason))
+
+
+def find_files(paths: Iterable[Path]) -> FoundFiles:
+    """Walk through files and folders; hidden ones are left out.
+
+    A document's id is the file's name, with the folders from the one that was named downwards.
+    """
+    found = FoundFiles()
+    for path in paths:
+        if not path.is_dir():
+            _add_named(found, path)
+            continue
+        folder = path.resolve()
+        for file in sorted(folder.rglob("*")):
+            relative = file.relative_to(folder.parent)
+            if not file.is_file() or any(part.startswith(".") for part in relative.parts[1:]):
+                continue
+            if file.suffix.lower() in SUFFIXES:
+                found.add(relative.as_posix(), file)
+            else:
+                found.skipped.append(relative)
+    return found
+
+
+async def ingest(client: Client, files: Mapping[str, Path]) -> AsyncGenerator[list[Record], None]:
+    """Send files by the id of their document, a few at a time; yield the receipts as they come.
+
+    What cannot be read or is refused gets a receipt with the reason, and the rest goes on. Raises `Unavailable` when
+    the service is not there or stays overloaded.
+    """
+    whole = {document_id: path for document_id, path in files.items() if not _is_jsonl(path)}
+    lined = {document_id: path for document_id, path in files.items() if _is_jsonl(path)}
+    for batch in _batches(_read_files(whole), max_items=MAX_FILES_PER_REQUEST):
+        yield await _deliver(batch, client.upload)
+    for document_id, path in lined.items():
+        for batch in _batches(_read_lines(document_id, path), max_items=MAX_DOCUMENTS_PER_REQUEST):
+            yield await _deliver(batch, lambda items: client.add([document for _, document in items]))
+
+
+def _add_named(found: FoundFiles, path: Path) -> None:
+    if path.suffix.lower() in SUFFIXES:
+        found.add(path.name, path)
+    else:
+        reason = f"unknown kind of file; known are {', '.join(SUFFIXES)}"
+        found.failures.append(_failure(str(path), reason))
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.suffix.lower() == JSONL
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _count_lines(path: Path) -> int:
+    try:
+        with path.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    except OSError:
+        return 1
+
+
+def _failure(document_id: str, reason: str) -> Record:
+    return {
+        "document_id": document_id,
+        "status": "failed",
+        "num_chunks": 0,
+        "num_truncated_chunks": 0,
+        "error": reason,
+    }
+
+
+def _read_files(files: Mapping[str, Path]) -> Iterator[Item]:
+    for document_id, path in files.items():
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                yield document_id, UnreadableFile(f"has more than {MAX_FILE_BYTES // 2**20} MiB: split it")
+            else:
+                yield document_id, path.read_bytes()
+        except OSError as error:
+            yield document_id, UnreadableFile(f"cannot be read ({error.strerror})")
+
+
+def _read_lines(name: str, path: Path) -> Iterator[Item]:
+    try:
+        with path.open("rb") as lines:
+            for one in iterate_jsonl(lines, name=name):
+                yield (one.id, one) if isinstance(one, Document) else (name, one)
+    except OSError as error:
+        yield name, UnreadableFile(f"cannot be read ({error.strerror})")
+
+
+def _batches(items: Iterable[Item], *, max_items: int) -> Iterator[list[Item]]:
+    """Group items for one request each."""
+    batch: list[Item] = []
+    room = MAX_BYTES_PER_REQUEST
+    for item in items:
+        needed = _size(item)
+        if batch and (len(batch) == max_items or needed > room):
+            yield batch
+            batch, room = [], MAX_BYTES_PER_REQUEST
+        batch.append(item)
+        room -= needed
+    if batch:
+        yield batch
+
+
+def _size(item: Item) -> int:
+    match item[1]:
+        case Document(text=text):
+            return len(text)
+        case bytes(content):
+            return len(content)
+    return 0
+
+
+async def _deliver(batch: Sequence[Item], send: Send) -> list[Record]:
+    failures = [_failure(name, content.message) for name, content in batch if isinstance(content, UnreadableFile)]
+    items = [(name, content) for name, content in batch if not isinstance(content, UnreadableFile)]
+    return failures + (await _send(items, send) if items else [])
+
+
+async def _send(items: Sequence[tuple[str, Any]], send: Send) -> list[Record]:
+    try:
+        return await _patiently(lambda: send(items))
+    except Unavailable:
+        raise
+    except InvalidRequest as error:
+        if len(items) == 1:
+            return [_failure(items[0][0], error.message)]
+        # The request was refused as a whole: alone, each shows whether it is to blame.
+        return [receipt for item in items for receipt in await _send([item], send)]
+    except CleaveError as error:
+        return [_failure(name, error.message) for name, _ in items]
+
+
+async def _patiently(request: Callable[[], Awaitable[list[Record]]]) -> list[Record]:
+    """Try again while the service is busy or restarting, when it says so; not when there is none."""
+    for attempt in range(1, MAX_TRIES):
+        try:
+            return await request()
+        except ServiceUnreachable:
+            raise
+        except Unavailable as error:
+            wait_s = 2.0 ** (attempt - 1) if error.retry_after_s is None else error.retry_after_s
+            await asyncio.sleep(min(wait_s, MAX_WAIT_S))
+    return await request()
