@@ -1,50 +1,499 @@
 """The terminal: every verb of `cleave`.
 
-Verbs talk to a running service over HTTP, like any other client. Results go to standard output, all else to standard
-error. Exit codes: 0 done, 1 something failed, 2 wrong use or configuration, 3 no service answers, 130 Ctrl-C.
+Verbs talk to a running service over HTTP, like any other client. Results go to standard output, everything else to
+standard error. What goes wrong is one line; nobody sees a traceback.
 """
 
 import asyncio
 import json
+import os
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
+from app.domain import Scalar
 from app.errors import CleaveError, ConfigurationError, InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
-    # httpx and what it brings would double the time of `cleave --help`.
+    # Imported where it is used: httpx and what it brings would double the time of `cleave --help`.
     from app.client import Client, FoundFiles, Record
+    from app.doctor import Status
 
 FAILED, WRONG_USE, UNREACHABLE = 1, 2, 3
+DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_CONFIG = Path("serve_config.yaml")
 PIPED_WIDTH = 200
 """Columns of a table that goes to a file or another program."""
+PASSAGE_LENGTH = 240
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+GROUNDED = {
+    "model": "the model's words, supported by the sources",
+    "mixed": "partly the model's words, supported by the sources, partly quoted",
+    "quotes": "quoted from the sources",
+    "refused": "the documents hold no answer",
+    "flagged": "the model's words, partly not supported by the sources",
+    "unchecked": "the model's words, not checked",
+}
+"""How an answer was made, by `rag.grounded`."""
+DEGRADED = {
+    "llm_unavailable": "the language model was not available",
+    "llm_timeout": "the language model was too slow",
+    "llm_failed": "the language model broke off",
+    "history_trimmed": "the oldest messages did not fit",
+}
+"""What an answer had to do without, by `rag.degraded`."""
+
+FINDING_STYLES: "Mapping[Status, str]" = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 T = TypeVar("T")
 
 
 class Commands(TyperGroup):
-    """Turns every error into one line and an exit code."""
+    """The verbs; turns every error of theirs into one line and an exit code."""
 
-    def invoke(self, context: Any) -> Any:
-        """Run the verb."""
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb that was typed."""
         try:
-            return super().invoke(context)
+            return super().invoke(ctx)
         except CleaveError as error:
-            _complain(error.message)
-            raise typer.Exit(_exit_code(error)) from None
-        except ...
+            _fail(error.message, _exit_code(error))
+        except Exception as error:
+            # Typer's own, which it prints itself, and a reader that has gone (`cleave documents | head`).
+            is_expected = isinstance(error, TyperException | typer.Exit | typer.Abort | BrokenPipeError)
+            if is_expected or "CLEAVE_TRACEBACK" in os.environ:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            _fail(f"unexpected error ({reason}). Set CLEAVE_TRACEBACK=1 to see where, and report it.", FAILED)
 
 
+main = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 something failed, 2 wrong use or configuration, 3 no service answers, 130 Ctrl-C.",
+)
+documents = typer.Typer(invoke_without_command=True, epilog="Example: cleave documents --json | jq -r '.[].id'")
+main.add_typer(documents, name="documents")
+
+URL = Annotated[str, typer.Option("--url", envvar="CLEAVE_URL", help="Where the service is.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+TopK = Annotated[int | None, typer.Option("--top-k", min=1, max=50, help="Passages to find.")]
+Authors = Annotated[list[str] | None, typer.Option("--author", help="Only what this author wrote; repeatable.")]
+FilterOptions = Annotated[
+    list[str] | None,
+    typer.Option("--filter", metavar="KEY=VALUE", help="Only documents with this field; repeatable."),
+]
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"cleave {version('cleave')}")
+        raise typer.Exit
+
+
+@main.callback()
+def cleave(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Ask your own writing, with citations: start the service, feed it, ask it."""
+
+
+# --- Serve -----------------------------------------------------------------------------------------------------------
+
+
+@main.command(epilog="Example: cleave serve serve_config.yaml")
+def serve(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The Serve config.")] = DEFAULT_CONFIG) -> None:
+    """Serve in the foreground until Ctrl-C."""
+    from app.launcher import serve as launch
+
+    raise typer.Exit(launch(config))
+
+
+@main.command(epilog="Example: cleave doctor --config serve_config.yaml")
+def doctor(
+    config: Annotated[Path, typer.Option("--config", help="The Serve config to check.")] = DEFAULT_CONFIG,
+    as_json: AsJSON = False,
+) -> None:
+    """Check installation, config, machine and running service, and say what to fix."""
+    from dataclasses import asdict
+
+    from app.doctor import examine
+
+    with _console(stderr=True).status("Checking ..."):
+        findings = list(examine(config, lambda url: _call(url, lambda client: client.readiness())))
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        table = _table("", "check", "finding")
+        for finding in findings:
+            text = Text(_printable(finding.detail))
+            if finding.fix:
+                text.append(f"\n{_printable(finding.fix)}", "bold")
+            table.add_row(Text(finding.status, FINDING_STYLES[finding.status]), finding.name, text)
+        _console().print(table)
+        counts = Counter(finding.status for finding in findings)
+        _console().print(", ".join(f"{counts[status]} {status}" for status in FINDING_STYLES))
+    if any(finding.status == "failed" for finding in findings):
+        raise typer.Exit(FAILED)
+
+
+# --- Ingest ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Summary:
+    """What became of the documents of one run."""
+
+    skipped: Sequence[Path]
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: "list[Record]" = field(default_factory=list)
+    num_chunks: int = 0
+    """Written in this run: those of unchanged documents stood there before."""
+    num_truncated_chunks: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, receipts: "Iterable[Record]") -> None:
+        """Count receipts."""
+        for receipt in receipts:
+            self.counts[receipt["status"]] += 1
+            if receipt["status"] == "failed":
+                self.failures.append({"document_id": receipt["document_id"], "error": receipt["error"]})
+            elif receipt["status"] != "unchanged":
+                self.num_chunks += receipt["num_chunks"]
+                self.num_truncated_chunks += receipt["num_truncated_chunks"]
+
+    def chunks_per_second(self) -> float:
+        """Tell the rate so far."""
+        return self.num_chunks / max(time.monotonic() - self.started, 1e-3)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the counts and the failures under the names that scripts read."""
+        return {
+            **{status: self.counts[status] for status in ("created", "updated", "unchanged", "failed")},
+            "chunks": self.num_chunks,
+            "truncated_chunks": self.num_truncated_chunks,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "chunks_per_second": round(self.chunks_per_second(), 1),
+            "skipped": [str(path) for path in self.skipped],
+            "failures": self.failures,
+        }
+
+
+@main.command(epilog="Example: cleave ingest notes/ report.pdf corpus.jsonl")
+def ingest(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", exists=True, help="Files and folders.")],
+    as_json: AsJSON = False,
+    url: URL = DEFAULT_URL,
+) -> None:
+    """Take files and folders into the documents: md, txt, html, pdf, docx, jsonl.
+
+    A document's id is its file's name, with the folders from the one you name downwards. Sending a file again changes
+    nothing unless the file has changed. A .jsonl file holds one document a line: id, title, text, source, ...
+    """
+    from app.client import find_files
+    from app.loaders import SUFFIXES
+
+    found = find_files(paths)
+    if not found.paths and not found.failures:
+        names = ", ".join(map(str, paths))
+        reason = f"only {_describe_skipped(found.skipped)}" if found.skipped else "there is no file"
+        _fail(f"nothing to ingest in {names}: {reason}. Known are {', '.join(SUFFIXES)}.", WRONG_USE)
+    summary = Summary(found.skipped)
+    summary.add(found.failures)
+    try:
+        _call(url, lambda client: _send_files(client, found, summary))
+    except Unavailable:
+        # What was sent before stays sent, and running again goes on from there.
+        if summary.counts:
+            _print_summary(summary, as_json)
+        raise
+    _print_summary(summary, as_json)
+    if summary.failures:
+        raise typer.Exit(FAILED)
+
+
+async def _send_files(client: "Client", found: "FoundFiles", summary: Summary) -> None:
+    from app.client import ingest as send
+
+    console = _console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("documents, {task.fields[chunks]} chunks, {task.fields[rate]:.0f}/s, left"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Ingesting", total=found.count_documents(), chunks=0, rate=0.0)
+        async for receipts in send(client, found.paths):
+            summary.add(receipts)
+            progress.update(task, advance=len(receipts), chunks=summary.num_chunks, rate=summary.chunks_per_second())
+
+
+def _print_summary(summary: Summary, as_json: bool) -> None:
+    numbers = summary.to_json()
+    if as_json:
+        _print_json(numbers)
+        return
+    console = _console()
+    for failure in summary.failures:
+        name, reason = failure["document_id"], failure["error"]
+        line = reason if reason.startswith(name) else f"{name}: {reason}"
+        console.print(Text("failed  ", "red") + Text(_printable(line)), soft_wrap=True)
+    if summary.skipped:
+        console.print(f"skipped {_describe_skipped(summary.skipped)}", soft_wrap=True)
+    shown = [key for key in numbers if key not in ("skipped", "failures")]
+    table = _table(*(key.replace("_", " ") for key in shown))
+    table.add_row(*(str(numbers[key]) for key in shown))
+    console.print(table)
+
+
+def _describe_skipped(skipped: Sequence[Path]) -> str:
+    """Name the kinds of skipped files, the most frequent first."""
+    kinds = Counter(path.suffix.lower() or "without a suffix" for path in skipped)
+    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f"files of unknown kinds ({counted})"
+
+
+# --- Ask -------------------------------------------------------------------------------------------------------------
+
+
+@main.command(epilog="Example: cleave ask 'How long did the Reading Room outage last?' --author 'Marit Oldershaw'")
+def ask(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
+    author: Authors = None,
+    filter_options: FilterOptions = None,
+    top_k: TopK = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Ask the model alone, without documents.")] = False,
+    as_json: AsJSON = False,
+    url: URL = DEFAULT_URL,
+) -> None:
+    """Answer a question from the documents, with its sources."""
+    options = {"filters": _filters(author, filter_options), "top_k": top_k, "enabled": not raw}
+    if as_json:
+        _print_json(_call(url, lambda client: client.chat(question, **options)))
+    else:
+        _call(url, lambda client: _stream_answer(client, question, options))
+
+
+async def _stream_answer(client: "Client", question: str, options: Mapping[str, Any]) -> None:
+    started = time.monotonic()
+    first_word_s: float | None = None
+    rag: Record = {}
+    usage: Record = {}
+    try:
+        async for chunk in client.stream_chat(question, **options):
+            rag |= chunk.get("rag") or {}
+            usage = chunk.get("usage") or usage
+            for choice in chunk["choices"]:
+                if text := choice["delta"].get("content"):
+                    first_word_s = first_word_s or time.monotonic() - started
+                    typer.echo(_printable(text), nl=False)
+    finally:
+        if first_word_s is not None:
+            typer.echo()
+    _print_sources(rag)
+    tokens = f"{usage.get('completion_tokens', 0)} tokens"
+    times = f"{first_word_s or 0:.1f} s to the first word, {time.monotonic() - started:.1f} s in all"
+    _console().print(Text(" · ".join([*_describe_answer(rag), times, tokens]), "dim"), soft_wrap=True)
+
+
+def _print_sources(rag: "Record") -> None:
+    console = _console()
+    sources, cited = rag.get("sources", []), rag.get("cited", [])
+    console.print()
+    if sources:
+        console.print("Sources (* cited)" if cited else "Sources, none cited", style="bold")
+    for source in sources:
+        mark, style = ("*", "default") if source["n"] in cited else (" ", "dim")
+        details = [source["metadata"].get(key) for key in ("author", "platform", "date")]
+        title = " · ".join(str(one) for one in (source["title"] or source["document_id"], *details) if one)
+        place = source["url"] or source["document_id"]
+        line = f"{mark} [{source['n']}] {title}\n      {place}"
+        console.print(Text(_printable(line), style), soft_wrap=True)
+    if sources:
+        console.print()
+
+
+def _describe_answer(rag: "Record") -> list[str]:
+    grounded = str(rag.get("grounded", "unchecked"))
+    said = [GROUNDED.get(grounded, grounded)]
+    if unsupported := rag.get("unsupported"):
+        said.append(f"{len(unsupported)} unsupported sentence{'s' if len(unsupported) > 1 else ''}")
+    return said + [DEGRADED.get(reason, reason) for reason in map(str, rag.get("degraded", ()))]
+
+
+# --- Search and documents --------------------------------------------------------------------------------------------
+
+
+@main.command(epilog="Example: cleave search 'size of the KV cache' --top-k 3 --json")
+def search(
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What to find.")],
+    author: Authors = None,
+    filter_options: FilterOptions = None,
+    top_k: TopK = None,
+    as_json: AsJSON = False,
+    url: URL = DEFAULT_URL,
+) -> None:
+    """Find passages, without an answer."""
+    filters = _filters(author, filter_options)
+    found = _call(url, lambda client: client.search(query, top_k=top_k, filters=filters))
+    if as_json:
+        _print_json(found)
+        return
+    table = _table("n", "title", "passage", "document")
+    for source in found:
+        passage = " ".join(source["text"].split())
+        shortened = passage if len(passage) <= PASSAGE_LENGTH else f"{passage[:PASSAGE_LENGTH].rstrip()} …"
+        table.add_row(*map(_printable, (str(source["n"]), source["title"], shortened, source["document_id"])))
+    _console().print(table if found else "Nothing found.")
+
+
+@documents.callback()
+def list_documents(ctx: typer.Context, as_json: AsJSON = False, url: URL = DEFAULT_URL) -> None:
+    """List the documents; show or delete one."""
+    ctx.obj = url
+    if ctx.invoked_subcommand is None:
+        found = _call(url, _all_documents)
+        if as_json:
+            _print_json(found)
+        else:
+            _print_documents(found)
+
+
+SameURL = Annotated[str | None, typer.Option("--url", help="Where the service is.", show_default=False)]
+DocumentId = Annotated[str, typer.Argument(metavar="ID", help="As `cleave documents` lists it.")]
+
+
+@documents.command(epilog="Example: cleave documents show notes/plan.md")
+def show(ctx: typer.Context, document_id: DocumentId, as_json: AsJSON = False, url: SameURL = None) -> None:
+    """Show one document with its text."""
+    document = _call(url or ctx.obj, lambda client: client.document(document_id))
+    if as_json:
+        _print_json(document)
+        return
+    fields = {"id": document["id"], "url": document["url"], **document["metadata"], "chunks": document["num_chunks"]}
+    console = _console()
+    console.print(Text(_printable(document["title"]), "bold"), soft_wrap=True)
+    for key, value in fields.items():
+        if value != "":
+            console.print(Text(_printable(f"{key}: {value}"), "dim"), soft_wrap=True)
+    console.print()
+    console.print(_printable(document["text"]), soft_wrap=True)
+
+
+@documents.command(epilog="Example: cleave documents delete notes/plan.md --yes")
+def delete(
+    ctx: typer.Context,
+    document_id: DocumentId,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    url: SameURL = None,
+) -> None:
+    """Delete one document."""
+    if not yes:
+        typer.confirm(f"Delete {_printable(document_id)}?", abort=True, err=True)
+    _call(url or ctx.obj, lambda client: client.delete(document_id))
+    _console(stderr=True).print(f"Deleted {_printable(document_id)}.", soft_wrap=True)
+
+
+async def _all_documents(client: "Client") -> "list[Record]":
+    return [document async for document in client.documents()]
+
+
+def _print_documents(found: "Sequence[Record]") -> None:
+    table = _table("document", "title", "author", "chunks", "ingested")
+    for document in found:
+        ingested = datetime.fromtimestamp(document["ingested_at"]).strftime("%Y-%m-%d %H:%M")
+        author = str(document["metadata"].get("author", ""))
+        cells = (document["id"], document["title"], author, str(document["num_chunks"]), ingested)
+        table.add_row(*map(_printable, cells))
+    _console().print(table if found else "No documents. `cleave ingest PATH` takes some in.")
+
+
+# --- Shared ----------------------------------------------------------------------------------------------------------
+
+
+def _call(url: str, use: "Callable[[Client], Awaitable[T]]") -> T:
+    """Use the service for one verb."""
+    from app.client import Client
+
+    async def connected() -> T:
+        async with Client(url) as client:
+            return await use(client)
+
+    return asyncio.run(connected())
+
+
+def _filters(authors: Sequence[str] | None, options: Sequence[str] | None) -> dict[str, list[Scalar]]:
+    """Read the filters; values of the same field are alternatives."""
+    filters: dict[str, list[Scalar]] = {"author": list(authors)} if authors else {}
+    for option in options or ():
+        key, equals, value = option.partition("=")
+        if not key or not equals:
+            raise InvalidRequest(f"--filter: {option!r} is not KEY=VALUE. Write it like --filter platform=Medium.")
+        filters.setdefault(key, []).extend(_readings(value))
+    return filters
+
+
+def _readings(value: str) -> list[Scalar]:
+    """Read a value as a text and, where it looks like one, as a number or boolean: documents may hold either."""
+    try:
+        other = json.loads(value, parse_constant=str)
+    except ValueError:
+        return [value]
+    return [value, other] if isinstance(other, bool | int | float) else [value]
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Open a console. Text from documents is no markup, and what is piped is not wrapped to a narrow window."""
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    return console
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _printable(text: str) -> str:
+    """Leave out what would steer the reader's terminal."""
+    return CONTROL_CHARACTERS.sub("", text)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _exit_code(error: CleaveError) -> int:
+    if isinstance(error, Unavailable):
+        return UNREACHABLE
+    return WRONG_USE if isinstance(error, InvalidRequest | ConfigurationError) else FAILED
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    _console(stderr=True).print(Text("cleave: ", "red") + Text(_printable(message)), soft_wrap=True)
+    raise typer.Exit(exit_code)

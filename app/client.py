@@ -135,20 +135,19 @@ class Client:
         """Remove one document."""
         await self._request("DELETE", f"/v1/documents/{quote(document_id)}")
 
-    async def is_alive(self) -> bool:
-        """Tell whether Cleave is what answers at the address."""
+    async def readiness(self) -> Record | None:
+        """Say whether questions can be answered, with each part; None when no Cleave answers."""
         try:
-            return await self._request("GET", "/livez", timeout=PROBE_TIMEOUT_S) == {"status": "ok"}
+            if await self._request("GET", "/livez", timeout=PROBE_TIMEOUT_S) != {"status": "ok"}:
+                return None
         except CleaveError:
-            return False
-
-    async def readiness(self) -> Record:
-        """Say which parts are ready; a service that is not ready answers too."""
-        async with self._translated_errors():
-            response = await self._http.get("/readyz", params={"verbose": ""}, timeout=PROBE_TIMEOUT_S)
-        body = _json(response)
-        if not isinstance(body, dict) or "status" not in body:
-            raise self._error(response)
+            return None
+        try:
+            async with self._translated_errors():
+                response = await self._http.get("/readyz", params={"verbose": ""}, timeout=PROBE_TIMEOUT_S)
+        except CleaveError as error:
+            return {"status": "not_ready", "parts": {"API": {"error": error.message}}}
+        body: Record = _json(response)
         return body
 
     async def _request(self, method: str, path: str, **options: Any) -> Record:

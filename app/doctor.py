@@ -1,6 +1,5 @@
 """What `cleave doctor` looks at: small checks, each with one finding, over facts that are gathered apart from them."""
 
-import asyncio
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -10,18 +9,19 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from app.client import Client, Record
 from app.config import Config, load_config
-from app.errors import CleaveError, ConfigurationError
+from app.errors import ConfigurationError
 from app.models import check_chat_model, is_prepared, resolve_encoder
 from app.settings import Device, LLMSettings, Settings
 
 Status: TypeAlias = Literal["ok", "warning", "failed"]
+Record: TypeAlias = dict[str, Any]
+"""An object as the service sends it."""
 Versions: TypeAlias = Mapping[str, str]
 """Installed packages that matter here, with their versions."""
 
@@ -47,8 +47,8 @@ class Finding:
     fix: str = ""
 
 
-def examine(path: Path) -> Iterator[Finding]:
-    """Check installation, config, machine, and the service that runs here, as they come."""
+def examine(path: Path, ask_readiness: Callable[[str], Record | None]) -> Iterator[Finding]:
+    """Check installation, config, machine, and the service that may run at the config's address."""
     found, config = check_config(path)
     settings = config.settings if config else Settings()
     versions = installed_versions()
@@ -65,7 +65,7 @@ def examine(path: Path) -> Iterator[Finding]:
     yield check_encoder(settings)
     yield check_device(settings.llm, gpus, is_cuda_visible=bool(gpus) and torch_sees_cuda())
     yield from _check_machine(config, settings)
-    yield from _check_service(config, settings)
+    yield from _check_service(config, settings, ask_readiness(config.url) if config else None)
 
 
 def _check_machine(config: Config | None, settings: Settings) -> Iterator[Finding]:
@@ -78,8 +78,7 @@ def _check_machine(config: Config | None, settings: Settings) -> Iterator[Findin
     yield check_writable(settings.data_dir)
 
 
-def _check_service(config: Config | None, settings: Settings) -> Iterator[Finding]:
-    readiness = asyncio.run(ask_service(config.url)) if config else None
+def _check_service(config: Config | None, settings: Settings, readiness: Record | None) -> Iterator[Finding]:
     is_running = readiness is not None
     yield check_lock(settings, lock_holder(settings), is_running=is_running)
     if config:
@@ -339,17 +338,6 @@ def _gib(num_bytes: float) -> str:
 
 
 # --- Service ---------------------------------------------------------------------------------------------------------
-
-
-async def ask_service(url: str) -> Record | None:
-    """Ask a running Cleave for its readiness; None when there is none."""
-    async with Client(url) as client:
-        if not await client.is_alive():
-            return None
-        try:
-            return await client.readiness()
-        except CleaveError as error:
-            return {"status": "not_ready", "parts": {"API": {"error": error.message}}}
 
 
 def port_problem(host: str, port: int) -> str | None:

@@ -20,10 +20,15 @@ class Embedder:
         # Heavy: only the process that encodes pays for it.
         import torch
         from sentence_transformers import SentenceTransformer
+        from tokenizers import Tokenizer
 
         torch.set_num_threads(settings.num_threads)
         found = resolve_encoder(settings.model)
         self._model: Any = SentenceTransformer(found.source, revision=found.revision, device="cpu")
+        # A tokenizer of its own for counting: the model's is told to cut and pad, and may not be shared by threads.
+        self._tokenizer = Tokenizer.from_str(self._model.tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._batch_size = settings.batch_size
         # One forward pass at a time: two would share the same cores and both be late.
         self._lock = asyncio.Lock()
@@ -46,14 +51,12 @@ class Embedder:
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Give the character offsets of each token, without special tokens and without a limit."""
-        encoded = self._model.tokenizer(
-            text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False
-        )
-        return [(start, end) for start, end in encoded["offset_mapping"]]
+        offsets: list[tuple[int, int]] = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return offsets
 
     def num_tokens(self, text: str) -> int:
         """Count the tokens that the encoder would read, special tokens included."""
-        return len(self._model.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+        return len(self._tokenizer.encode(text))
 
     def _encode(self, texts: list[str]) -> Vectors:
         vectors: Vectors = self._model.encode(

@@ -1,7 +1,8 @@
 """Documents into the store: chunk, encode, write. The same encoder and chunker settings serve queries later."""
 
-import time
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import Awaitable, Iterable, Sequence
+from dataclasses import dataclass
 
 from app import sparse
 from app.chunking import split
@@ -18,6 +19,16 @@ TEXT_FORMAT = "title, heading, text; NFKC; 1"
 """Names how text becomes encoder input; change the number with the code, and old collections are refused."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A document cut into chunks, with what the encoder reads of each."""
+
+    document: Document
+    chunks: Sequence[Chunk]
+    texts: Sequence[str]
+    is_update: bool
+
+
 class Ingestor:
     """Writes documents through one encoder into one store."""
 
@@ -29,46 +40,53 @@ class Ingestor:
 
     async def ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
         """Write each document; one that fails is reported and the rest goes on. Receipts are in the order given."""
+        outcomes = [await self._reported(document, self._draft(document)) for document in documents]
+        drafts = [outcome for outcome in outcomes if isinstance(outcome, _Draft)]
+        # All in one call: short documents share the encoder's batches.
+        vectors = iter((await self._embedder.embed([text for draft in drafts for text in draft.texts])).tolist())
         receipts = []
-        for document in documents:
-            try:
-                receipts.append(await self._ingest_one(document))
-            except CleaveError as error:
-                receipts.append(IngestReceipt(document.id, "failed", error=error.message))
-            except Exception:
-                logger.exception("ingestion failed", extra={"document_id": document.id})
-                receipts.append(
-                    IngestReceipt(document.id, "failed", error="Internal error; the service's log says more.")
-                )
+        for outcome in outcomes:
+            if isinstance(outcome, _Draft):
+                own = [next(vectors) for _ in outcome.chunks]
+                outcome = await self._reported(outcome.document, self._write(outcome, own))
+            assert isinstance(outcome, IngestReceipt)
+            receipts.append(outcome)
         return receipts
 
-    async def _ingest_one(self, document: Document) -> IngestReceipt:
+    async def _draft(self, document: Document) -> _Draft | IngestReceipt:
+        """Cut a document that is new or changed into chunks."""
         existing = await self._store.document(document.id)
         if existing is not None and existing[0].content_hash == document.content_hash:
             return IngestReceipt(document.id, "unchanged", num_chunks=existing[0].num_chunks)
-        started = time.perf_counter()
+        return await asyncio.to_thread(self._cut, document, existing is not None)
+
+    def _cut(self, document: Document, is_update: bool) -> _Draft:
         chunks = split(document.text, self._embedder, max_tokens=self._max_tokens)
-        texts = [self._encoder_text(document, chunk) for chunk in chunks]
-        vectors = await self._embedder.embed(texts)
+        return _Draft(document, chunks, [self._encoder_text(document, chunk) for chunk in chunks], is_update)
+
+    async def _write(self, draft: _Draft, vectors: Sequence[Sequence[float]]) -> IngestReceipt:
         encoded = [
-            EncodedChunk(chunk, vector, sparse.encode_document(text))
-            for chunk, text, vector in zip(chunks, texts, vectors.tolist(), strict=True)
+            EncodedChunk(chunk, tuple(vector), sparse.encode_document(text))
+            for chunk, text, vector in zip(draft.chunks, draft.texts, vectors, strict=True)
         ]
-        await self._store.put(document, encoded)
-        logger.info(
-            "document ingested",
-            extra={
-                "document_id": document.id,
-                "num_chunks": len(chunks),
-                "seconds": round(time.perf_counter() - started, 2),
-            },
-        )
+        await self._store.put(draft.document, encoded)
+        logger.info("document ingested", extra={"document_id": draft.document.id, "num_chunks": len(encoded)})
         return IngestReceipt(
-            document.id,
-            "updated" if existing else "created",
-            num_chunks=len(chunks),
-            num_truncated_chunks=self._count_truncated(texts),
+            draft.document.id,
+            "updated" if draft.is_update else "created",
+            num_chunks=len(encoded),
+            num_truncated_chunks=self._count_truncated(draft.texts),
         )
+
+    async def _reported(self, document: Document, work: Awaitable[_Draft | IngestReceipt]) -> _Draft | IngestReceipt:
+        """Turn a failure into a receipt, so that it stops this document and no other."""
+        try:
+            return await work
+        except CleaveError as error:
+            return IngestReceipt(document.id, "failed", error=error.message)
+        except Exception:
+            logger.exception("ingestion failed", extra={"document_id": document.id})
+            return IngestReceipt(document.id, "failed", error="Internal error; the service's log says more.")
 
     def _encoder_text(self, document: Document, chunk: Chunk) -> str:
         prefix = "\n".join(part for part in (document.title, chunk.heading) if part)

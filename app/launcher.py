@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,9 +19,11 @@ from rich.console import Console
 from app.config import Config, load_config
 from app.errors import ConfigurationError
 from app.models import is_prepared
+from app.settings import Device
 
 MIN_FREE_BYTES = 2**30
 POLL_S = 0.5
+DEVICES: tuple[Device, ...] = ("cpu", "gpu")
 STOP_TIMEOUT_S = 60
 QUIET_ENVIRONMENT = {
     # Nothing is reported to anybody.
@@ -31,7 +34,8 @@ QUIET_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 FATAL = re.compile(r"ConfigurationError: (?P<message>.+)|(?P<failed>Deploying app .+ failed.*|DEPLOY_FAILED.*)")
-DASHBOARD = re.compile(r"dashboard at (?:http://)?(?P<address>[\w.:]+)")
+DASHBOARD = re.compile(r"dashboard at (?P<address>\S+)")
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 class Stopped(Exception):
@@ -55,7 +59,7 @@ def serve(config_path: Path) -> int:
         ready = _wait_until_ready(service, config, console)
         if not ready:
             return 1
-        console.print(_how_to_ask(config, service.dashboard(), log))
+        console.print(_how_to_ask(config, service.dashboard(), log), soft_wrap=True)
         service.wait()
         console.print(f"[red]cleave:[/red] the service ended by itself; {log} says why.")
         return 1
@@ -118,7 +122,7 @@ class _Service:
 
     def failure(self) -> str | None:
         """Say in one line why the start failed, once it has."""
-        for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in self._read_log().splitlines():
             if match := FATAL.search(line):
                 return match["message"] or f"the deployment failed; {self._log} says why."
         if self._process.poll() is not None:
@@ -127,8 +131,11 @@ class _Service:
 
     def dashboard(self) -> str:
         """Find the address that Ray printed for its dashboard."""
-        match = DASHBOARD.search(self._log.read_text(encoding="utf-8", errors="replace"))
-        return f"http://{match['address']}" if match else "not running"
+        match = DASHBOARD.search(self._read_log())
+        return match["address"] if match else "not running"
+
+    def _read_log(self) -> str:
+        return COLOUR.sub("", self._log.read_text(encoding="utf-8", errors="replace"))
 
     def wait(self) -> None:
         """Block until the process ends."""
@@ -138,60 +145,58 @@ class _Service:
         """Let `serve run` shut its cluster down; what is left of its session after a while is killed."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with suppress(ProcessLookupError):  # Nothing is left: the normal case.
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # Nothing is left: the normal case.
 
 
 def _wait_until_ready(service: _Service, config: Config, console: Console) -> bool:
     """Report each part as it comes up; return False when the start failed, having said why."""
     started = time.monotonic()
     said: set[str] = set()
-
-    def say(text: str) -> None:
-        if text not in said:
-            said.add(text)
-            console.print(f"[dim]{time.monotonic() - started:5.0f} s[/dim]  {text}")
-
-    say(f"starting Ray Serve with {config.path} (topology {config.topology}) ...")
     while True:
         if message := service.failure():
             console.print(f"[red]cleave:[/red] {message}", soft_wrap=True)
             return False
         readiness = _readiness(config)
-        parts = readiness.get("parts", {})
-        if readiness:
-            say("API is up")
-        if parts.get("retriever", {}).get("status") == "ok":
-            held = parts["retriever"]
-            say(f"retriever is ready: {held['num_documents']} documents, {held['num_chunks']} chunks")
-        if parts.get("llm", {}).get("status") == "ok":
-            say(f"language model is ready: {parts['llm']['id']}")
+        for text in _progress(config, readiness):
+            if text not in said:
+                said.add(text)
+                console.print(f"[dim]{time.monotonic() - started:5.0f} s[/dim]  {text}", soft_wrap=True)
         if readiness.get("status") == "ready":
             return True
-        for device in ("cpu", "gpu"):
-            if not is_prepared(config.settings.llm.model_on(device), config.settings.data_dir):
-                say("preparing the bundled model, once on this machine (about half a minute) ...")
         time.sleep(POLL_S)
+
+
+def _progress(config: Config, readiness: dict[str, Any]) -> list[str]:
+    """Say what has been reached."""
+    reached = [f"starting Ray Serve with {config.path} (topology {config.topology}) ..."]
+    if not all(is_prepared(config.settings.llm.model_on(device), config.settings.data_dir) for device in DEVICES):
+        reached.append("preparing the bundled model, once on this machine (about half a minute) ...")
+    if readiness:
+        reached.append("API is up")
+    parts = readiness.get("parts", {})
+    if parts.get("retriever", {}).get("status") == "ok":
+        held = parts["retriever"]
+        reached.append(f"retriever is ready: {held['num_documents']} documents, {held['num_chunks']} chunks")
+    if parts.get("llm", {}).get("status") == "ok":
+        reached.append(f"language model is ready: {parts['llm']['id']}")
+    return reached
 
 
 def _readiness(config: Config) -> dict[str, Any]:
     try:
         # A proxy from the environment must not come between this machine and itself.
         with httpx.Client(trust_env=False, timeout=5) as client:
-            found: dict[str, Any] = client.get(f"{_url(config)}/readyz", params={"verbose": ""}).json()
+            found: dict[str, Any] = client.get(f"{config.url}/readyz", params={"verbose": ""}).json()
             return found
     except (httpx.HTTPError, ValueError):
         return {}
 
 
 def _how_to_ask(config: Config, dashboard: str, log: Path) -> str:
-    url = _url(config)
+    url = config.url
     return f"""
 [bold green]Cleave is ready.[/bold green]
   ask        cleave ask "How long did the Reading Room outage last?"
@@ -203,11 +208,6 @@ def _how_to_ask(config: Config, dashboard: str, log: Path) -> str:
   log        {log}
 Ctrl-C stops everything.
 """
-
-
-def _url(config: Config) -> str:
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    return f"http://{host}:{config.port}"
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import qdrant_edge as engine
-from qdrant_edge import EdgeShard, FieldCondition, Filter, MatchAny, MatchValue, RangeFloat, UpdateOperation
+from qdrant_edge import EdgeShard, FieldCondition, Filter, MatchAny, MatchValue, UpdateOperation
 
 from app.domain import Document, EncodedChunk, Filters, Passage, StoredDocument
 from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
 from app.store import Manifest
 from app.store.payload import (
     DENSE,
+    INTENT_ID,
     KEYWORD_FIELDS,
     MANIFEST_ID,
     MAX_FIELDS,
@@ -34,6 +35,7 @@ from app.store.payload import (
     Payload,
     Point,
     best_passages,
+    chunk_ids,
     chunk_points,
     difference,
     intent_point,
@@ -107,10 +109,12 @@ class EdgeStore:
         async with self._writing:
             previous = await self._run(_record, self._shard, document.id)
             revision = next_revision(previous)
+            staged: list[str] = []
             for piece in early:
-                await self._run(self._write, partial(chunk_points, document, piece, revision, staged=True))
-            is_whole = previous is None and not early
-            await self._run(self._commit, document, len(chunks), last, revision, is_whole)
+                staged += await self._run(self._stage, document, piece, revision)
+            record = record_point(document, len(chunks), revision)
+            stale = sorted({*chunk_ids(previous)} - {*chunk_ids(record.payload)}) if previous else []
+            await self._run(self._commit, record, partial(chunk_points, document, last, revision), staged, stale)
 
     async def search(
         self,
@@ -162,30 +166,33 @@ class EdgeStore:
             # The engine raises bare Exception and nothing else does.
             raise RetrieverUnavailable(f"The embedded store in {self._path} failed: {_first_line(error)}") from error
 
-    def _write(self, make_points: Callable[[], list[Point]]) -> None:
-        _require_space(self._path, RetrieverUnavailable)
-        points = make_points()
-        self._shard.update(_upsert(points))
-        self._num_unflushed += len(points)
-        if self._num_unflushed >= POINTS_PER_FLUSH:
-            self._shard.flush()
-            self._num_unflushed = 0
+    def _stage(self, document: Document, piece: Sequence[EncodedChunk], revision: int) -> list[str]:
+        """Write chunks that no search finds yet; give their ids."""
+        points = chunk_points(document, piece, revision, staged=True)
+        self._write(points)
+        return [point.id for point in points]
 
     def _commit(
-        self, document: Document, num_chunks: int, last: Sequence[EncodedChunk], revision: int, is_whole: bool
+        self, record: Point, last_chunks: Callable[[], list[Point]], staged: list[str], stale: list[str]
     ) -> None:
         """Make a version the valid one. An operation is wholly in the write-ahead log or not at all.
 
         A new document is one operation. Else the intent makes sure that the rest is done, now or at the next start.
         """
+        points = [record, *last_chunks()]
+        if not staged and not stale:
+            self._write(points)
+            return
+        self._write([*points, intent_point(staged, stale)])
+        _finish(self._shard, staged, stale)
 
-        def points() -> list[Point]:
-            written = [record_point(document, num_chunks, revision), *chunk_points(document, last, revision)]
-            return written if is_whole else [*written, intent_point(document.id)]
-
-        self._write(points)
-        if not is_whole:
-            _publish(self._shard, document.id, revision)
+    def _write(self, points: Sequence[Point]) -> None:
+        _require_space(self._path, RetrieverUnavailable)
+        self._shard.update(_upsert(points))
+        self._num_unflushed += len(points)
+        if self._num_unflushed >= POINTS_PER_FLUSH:
+            self._shard.flush()
+            self._num_unflushed = 0
 
     def _search(
         self,
@@ -226,9 +233,10 @@ class EdgeStore:
         return [stored_document(_payload(record)) for record in records if str(record.id) != start][:limit]
 
     def _delete(self, document_id: str) -> bool:
-        if _record(self._shard, document_id) is None:
+        record = _record(self._shard, document_id)
+        if record is None:
             return False
-        self._shard.update(UpdateOperation.delete_points_by_filter(Filter(must=[_is("document_id", document_id)])))
+        self._shard.update(UpdateOperation.delete_points([record_id(document_id), *chunk_ids(record)]))
         return True
 
     def _counts(self) -> tuple[int, int]:
@@ -270,23 +278,24 @@ def _check_manifest(shard: EdgeShard, path: Path, manifest: Manifest) -> None:
 
 
 def _finish_writes(shard: EdgeShard) -> None:
-    """Complete the replacements that a kill cut short, then drop what was staged and never committed."""
-    intents, _ = shard.scroll(engine.ScrollRequest(filter=Filter(must=[_is("kind", "intent")]), limit=1_000))
-    for intent in intents:
-        document_id = _payload(intent)["document_id"]
-        record = _record(shard, document_id)
-        if record is not None:
-            _publish(shard, document_id, record["revision"])
-    shard.update(UpdateOperation.delete_points_by_filter(Filter(must=[_is("kind", "staged")])))
+    """Complete the write that a kill cut short, or drop what it staged and never committed."""
+    intent = _read(shard, INTENT_ID)
+    if intent is not None:
+        _finish(shard, intent["staged"], intent["stale"])
+    request = engine.ScrollRequest(filter=Filter(must=[_is("kind", "staged")]), limit=100_000, with_payload=False)
+    left, _ = shard.scroll(request)
+    shard.update(UpdateOperation.delete_points([point.id for point in left]))
 
 
-def _publish(shard: EdgeShard, document_id: str, revision: int) -> None:
-    """Make a version's staged chunks findable and remove all that is older; done twice, it does the same."""
-    of_document = _is("document_id", document_id)
-    staged = Filter(must=[of_document, _is("kind", "staged"), _at("revision", revision)])
-    older = Filter(must=[of_document, FieldCondition("revision", range=RangeFloat(lt=revision))])
-    shard.update(UpdateOperation.set_payload_by_filter(staged, {"kind": "chunk"}))
-    shard.update(UpdateOperation.delete_points_by_filter(older))
+def _finish(shard: EdgeShard, staged: list[str], stale: list[str]) -> None:
+    """Publish the staged chunks of a new version and remove those of the old one; done twice, it does the same.
+
+    By id, not by a filter: after a kill the engine repeats operations on an index that may be ahead of them, so a
+    filter would miss points that it met the first time.
+    """
+    if staged:
+        shard.update(UpdateOperation.set_payload(staged, {"kind": "chunk"}))
+    shard.update(UpdateOperation.delete_points([*stale, INTENT_ID]))
 
 
 def _record(shard: EdgeShard, document_id: str) -> Payload | None:
@@ -325,10 +334,6 @@ def _is(field: str, value: str) -> FieldCondition:
 
 def _any_of(field: str, values: list[str]) -> FieldCondition:
     return FieldCondition(field, match=MatchAny(values))
-
-
-def _at(field: str, value: int) -> FieldCondition:
-    return FieldCondition(field, range=RangeFloat(gte=value, lte=value))
 
 
 def _require_space(path: Path, error: type[ConfigurationError] | type[RetrieverUnavailable]) -> None:

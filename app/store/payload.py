@@ -1,8 +1,8 @@
 """What both engines write and read, in plain Python: points, their ids and payloads, and the order of a result.
 
 A document is one record point (its text, and what the store says of it) and one point per chunk. Each carries
-`document_id` and `revision`, the time of the write, which only rises for a document: so "all that is older than this
-write" is one filter, and of two versions in one result the newer is known.
+`document_id` and `revision`, the time of the write, which only rises for a document: so it is known of two versions
+which is the older.
 """
 
 import json
@@ -44,6 +44,7 @@ class Point:
 
 
 MANIFEST_ID = str(uuid.uuid5(_NAMESPACE, "manifest"))
+INTENT_ID = str(uuid.uuid5(_NAMESPACE, "intent"))
 
 
 def record_id(document_id: str) -> str:
@@ -54,6 +55,12 @@ def record_id(document_id: str) -> str:
 def chunk_id(document_id: str, version: str, index: int) -> str:
     """Name a chunk point; chunks of another version have other ids and never overwrite these."""
     return str(uuid.uuid5(_NAMESPACE, f"chunk\n{version}\n{index}\n{document_id}"))
+
+
+def chunk_ids(record: Payload) -> list[str]:
+    """Name all chunk points of the version that a record stands for."""
+    document_id, version = record["document_id"], record["content_hash"]
+    return [chunk_id(document_id, version, index) for index in range(record["num_chunks"])]
 
 
 def record_point(document: Document, num_chunks: int, revision: int) -> Point:
@@ -108,10 +115,9 @@ def chunk_points(
     ]
 
 
-def intent_point(document_id: str) -> Point:
-    """Make the note that a write has begun to replace a document; it is older than any write, and goes with them."""
-    payload = {"kind": "intent", "document_id": document_id, "revision": 0}
-    return Point(str(uuid.uuid5(_NAMESPACE, f"intent\n{document_id}")), payload)
+def intent_point(staged: Sequence[str], stale: Sequence[str]) -> Point:
+    """Make the note of what remains to do for a write: points to publish and points to remove, by id."""
+    return Point(INTENT_ID, {"kind": "intent", "staged": list(staged), "stale": list(stale)})
 
 
 def manifest_point(manifest: Manifest) -> Point:

@@ -1,0 +1,65 @@
+"""What several test files share: one real service in this process, without Ray and without a language model."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from app.api import create_api
+from app.services import build_services
+from app.settings import LLMSettings, Settings, StoreSettings
+
+ROOT = Path(__file__).parent.parent
+ARTICLES = ROOT / "examples" / "articles"
+
+
+class ServiceThread(threading.Thread):
+    """The API over real parts: the bundled encoder, Qdrant in memory, the engine that quotes."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(name="live-service", daemon=True)
+        self._settings = settings
+        # Listening from the start: whoever connects early waits until the server accepts.
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._server: Future[uvicorn.Server] = Future()
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            if not self._server.done():
+                self._server.set_exception(error)
+            raise
+
+    def wait_until_built(self) -> None:
+        self._server.result()
+
+    def stop(self) -> None:
+        self._server.result().should_exit = True
+        self.join()
+
+    async def _serve(self) -> None:
+        services = await build_services(self._settings, device="cpu")
+        server = uvicorn.Server(uvicorn.Config(create_api(services), log_config=None))
+        self._server.set_result(server)
+        await server.serve(sockets=[self._socket])
+        await services.close()
+
+
+@pytest.fixture(scope="session")
+def live_service() -> Iterator[str]:
+    """Serve the sample articles at the URL that is given. Tests that add documents take ids of their own."""
+    settings = Settings(
+        seed=ARTICLES, store=StoreSettings(kind="memory"), llm=LLMSettings(engine="extractive"), data_dir=Path("unused")
+    )
+    service = ServiceThread(settings)
+    service.start()
+    service.wait_until_built()
+    yield service.url
+    service.stop()

@@ -1,0 +1,100 @@
+"""A real service for tests: `cleave serve` in its own process, with Ray, vLLM and a folder of its own."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+ROOT = Path(__file__).parent.parent
+START_TIMEOUT_S = 240
+
+
+class RunningService:
+    """One `cleave serve`; its output is in `output`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str, output: Path) -> None:
+        self.process = process
+        self.url = url
+        self._output = output
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(encoding="utf-8")
+
+    def readiness(self) -> dict[str, Any]:
+        with httpx.Client(trust_env=False, timeout=10) as client:
+            found: dict[str, Any] = client.get(f"{self.url}/readyz?verbose").json()
+            return found
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        """Kill every process of the service with SIGKILL, as a power cut would."""
+        everything = [psutil.Process(self.process.pid), *self.descendants()]
+        for one in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(everything, timeout=30)
+        self.process.wait(30)
+
+    def stop(self) -> int:
+        """Stop it as Ctrl-C does; return its exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(90)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_config(folder: Path, *, topology: str = "three_tier", port: int | None = None, **args: Any) -> Path:
+    """Write a Serve config with its data under `folder`; `args` are settings."""
+    application = {
+        "name": "cleave",
+        "route_prefix": "/",
+        "import_path": f"deployments.application:{topology}",
+        "args": {"data_dir": str(folder / "data"), **args},
+    }
+    config = {"http_options": {"host": "127.0.0.1", "port": port or free_port()}, "applications": [application]}
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def start(config: Path, output: Path) -> RunningService:
+    port = yaml.safe_load(config.read_text(encoding="utf-8"))["http_options"]["port"]
+    program = Path(sys.executable).with_name("cleave")
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [str(program), "serve", str(config)], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=dict(os.environ)
+        )
+    return RunningService(process, f"http://127.0.0.1:{port}", output)
+
+
+@contextlib.contextmanager
+def running(config: Path) -> Iterator[RunningService]:
+    """Start a service, wait until it says that it is ready, and stop it in the end."""
+    service = start(config, config.with_name("output.txt"))
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while "Cleave is ready" not in service.output:
+            assert service.process.poll() is None, service.output
+            assert time.monotonic() < deadline, service.output
+            time.sleep(0.2)
+        yield service
+    finally:
+        if service.process.poll() is None:
+            service.stop()

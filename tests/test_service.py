@@ -1,0 +1,238 @@
+"""The whole service on real parts: Ray Serve, vLLM with the bundled model, the embedded store, real clients."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.running_service import ROOT, RunningService, running, start, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+QUESTION = "How long did the Reading Room outage on 14 October 2025 last?"
+EVERYDAY_QUESTION = "Who won the 1998 football World Cup?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path) -> Iterator[RunningService]:
+    with running(write_config(folder, seed=str(ROOT / "examples" / "articles"), llm={"device": "cpu"})) as found:
+        yield found
+
+
+@pytest.fixture
+def client(service: RunningService) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=120) as found:
+        yield found
+
+
+def ask(url: str, question: str, **body: Any) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": question}], **body}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def test_the_start_says_what_it_does_and_how_to_ask(service: RunningService) -> None:
+    for said in (
+        "starting Ray Serve",
+        "retriever is ready: 14 documents",
+        "language model is ready",
+        "dashboard  http",
+    ):
+        assert said in service.output
+
+
+def test_a_question_gets_a_cited_answer(client: openai.OpenAI) -> None:
+    completion = client.chat.completions.create(model="cleave", messages=[{"role": "user", "content": QUESTION}])
+    answer = completion.choices[0].message
+    assert "52 minutes" in (answer.content or "")
+    assert answer.annotations
+    citation = answer.annotations[0].url_citation
+    assert (answer.content or "")[citation.start_index : citation.end_index] == "[1]"
+    assert citation.url.startswith("https://wiki.lanternfish.example/")
+    assert completion.usage
+    assert completion.usage.prompt_tokens > 100
+    rag = completion.model_extra["rag"] if completion.model_extra else {}
+    assert rag["cited"] == [1]
+    assert rag["grounded"] in ("model", "mixed", "quotes")
+
+
+def test_a_streamed_answer_has_its_sources_first_and_equals_the_other(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="cleave", messages=[{"role": "user", "content": QUESTION}])
+    stream = client.chat.completions.create(
+        model="cleave",
+        messages=[{"role": "user", "content": QUESTION}],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert chunks[0].model_extra
+    assert chunks[0].model_extra["rag"]["sources"][0]["n"] == 1
+    assert not chunks[0].choices[0].delta.content
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage == whole.usage
+
+
+def test_what_the_documents_do_not_hold_is_said(service: RunningService) -> None:
+    completion = ask(service.url, EVERYDAY_QUESTION)
+    assert "do not hold" in completion["choices"][0]["message"]["content"]
+    assert completion["rag"]["grounded"] == "refused"
+
+
+def test_the_example_questions_have_their_answers(service: RunningService) -> None:
+    lines = (ROOT / "examples" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    wrong = []
+    for example in map(json.loads, lines):
+        completion = ask(service.url, example["question"])
+        text = completion["choices"][0]["message"]["content"]
+        refused = completion["rag"]["grounded"] == "refused"
+        if refused != (example["answer"] is None) or (example["answer"] or "").casefold() not in text.casefold():
+            wrong.append((example["question"], text))
+    # The bundled model may put an answer in other words; more than that would be a loss.
+    assert len(wrong) <= 4, wrong
+
+
+def test_the_raw_model_is_served_under_its_own_name(client: openai.OpenAI) -> None:
+    names = [model.id for model in client.models.list()]
+    assert names == ["cleave", "SmolLM2-135M-Instruct"]
+    completion = client.chat.completions.create(
+        model=names[1], messages=[{"role": "user", "content": "Say hello."}], max_tokens=8
+    )
+    assert completion.usage
+    assert completion.usage.completion_tokens <= 8
+    assert not completion.choices[0].message.annotations
+
+
+def test_a_conversation_that_is_too_long_is_refused_with_its_status(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model="SmolLM2-135M-Instruct", messages=[{"role": "user", "content": "word " * 9000}], stream=True
+        )
+    assert caught.value.code == "context_length_exceeded"
+
+
+def num_running(service: RunningService) -> int:
+    return int(service.readiness()["parts"]["llm"]["num_running"])
+
+
+def wait_until(condition: Any, seconds: float) -> float:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "the condition did not come true in time"
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_the_engine_within_a_second(service: RunningService, stream: bool) -> None:
+    body = {
+        "model": "SmolLM2-135M-Instruct",
+        "messages": [{"role": "user", "content": "Write a very long story about a lighthouse."}],
+        "max_tokens": 4000,
+        "temperature": 1.5,
+        "seed": 7,
+        "stream": stream,
+    }
+    with httpx.Client(trust_env=False, timeout=60) as client:
+        if stream:
+            with client.stream("POST", f"{service.url}/v1/chat/completions", json=body) as response:
+                next(response.iter_lines())
+                assert num_running(service) == 1
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(f"{service.url}/v1/chat/completions", json=body, timeout=2)
+    wait_until(lambda: num_running(service) == 0, seconds=1.0)
+
+
+def test_liveness_answers_while_the_engine_is_busy(service: RunningService) -> None:
+    asking = [threading.Thread(target=ask, args=(service.url, QUESTION)) for _ in range(8)]
+    for thread in asking:
+        thread.start()
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        while any(thread.is_alive() for thread in asking):
+            assert client.get(f"{service.url}/livez").status_code == 200
+    for thread in asking:
+        thread.join()
+
+
+def essays(count: int) -> list[dict[str, Any]]:
+    paragraph = "A gateway of the number {n} sends tokens to a client and waits for nobody else. " * 30
+    return [{"id": f"essay-{n}", "title": f"Essay {n}", "text": paragraph.format(n=n)} for n in range(count)]
+
+
+def test_a_service_killed_in_the_middle_of_an_ingestion_keeps_whole_documents(
+    folder: Path, service: RunningService
+) -> None:
+    """Last in this file: it ends the module's service, and starts it again over the same folder."""
+
+    def ingest() -> None:
+        with httpx.Client(trust_env=False, timeout=120) as client:
+            for essay in essays(200):
+                try:
+                    client.post(f"{service.url}/v1/documents", json={"documents": [essay]})
+                except httpx.HTTPError:
+                    return  # The service was killed: that is what this test is about.
+
+    before = service.readiness()["parts"]["retriever"]
+    writer = threading.Thread(target=ingest)
+    writer.start()
+    wait_until(lambda: service.readiness()["parts"]["retriever"]["num_documents"] >= before["num_documents"] + 3, 60)
+    service.kill()
+    writer.join()
+
+    started = time.monotonic()
+    with running(folder / "serve_config.yaml") as again:
+        assert time.monotonic() - started < 60 or psutil.getloadavg()[0] > 3, "the second start took a minute"
+        held = again.readiness()["parts"]["retriever"]
+        assert held["num_documents"] >= before["num_documents"] + 3
+        listed = httpx.get(f"{again.url}/v1/documents?limit=1000", trust_env=False).json()
+        assert listed["total"] == len(listed["data"]) == held["num_documents"]
+        assert sum(one["num_chunks"] for one in listed["data"]) == held["num_chunks"]
+        assert "52 minutes" in ask(again.url, QUESTION)["choices"][0]["message"]["content"]
+
+        descendants = again.descendants()
+        assert again.stop() == 0
+        psutil.wait_procs(descendants, timeout=20)
+        assert not [one for one in descendants if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("topology", ["monolith", "two_tier"])
+def test_the_other_topologies_answer_too(tmp_path: Path, topology: str) -> None:
+    config = write_config(
+        tmp_path,
+        topology=topology,
+        seed=str(ROOT / "examples" / "articles"),
+        llm={"device": "cpu", "engine": "extractive"},
+    )
+    with running(config) as service:
+        assert "52 minutes" in ask(service.url, QUESTION)["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"llm": {"modle": "x"}}, "llm.modle"),
+        ({"llm": {"device": "cpu", "model": "/nowhere/model"}}, "llm.model"),
+    ],
+)
+def test_a_wrong_setting_ends_the_start_in_one_line(tmp_path: Path, args: dict[str, Any], said: str) -> None:
+    service = start(write_config(tmp_path, **args), tmp_path / "output.txt")
+    assert service.process.wait(60) in (1, 2)
+    complaint = [line for line in service.output.splitlines() if line.startswith("cleave:")]
+    assert len(complaint) == 1
+    assert said in complaint[0]
+    assert "Traceback" not in service.output
