@@ -5,9 +5,11 @@ standard error. What goes wrong is one line; nobody sees a traceback.
 """
 
 import asyncio
+import io
 import json
 import os
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -68,6 +70,9 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb that was typed."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A terminal that knows ASCII only gets question marks, not an error.
+            sys.stdout.reconfigure(errors="replace")
         try:
             return super().invoke(ctx)
         except CleaveError as error:
@@ -77,7 +82,7 @@ class Commands(TyperGroup):
             is_expected = isinstance(error, TyperException | typer.Exit | typer.Abort | BrokenPipeError)
             if is_expected or "CLEAVE_TRACEBACK" in os.environ:
                 raise
-            reason = f"{type(error).__name__}: {error}"
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             _fail(f"unexpected error ({reason}). Set CLEAVE_TRACEBACK=1 to see where, and report it.", FAILED)
 
 

@@ -36,7 +36,6 @@ CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 600.0
 """Silence after which the service counts as hanging: encoding a megabyte of text takes a minute on a laptop."""
 PROBE_TIMEOUT_S = 10.0
-PAGE_SIZE = 500
 
 
 class ServiceError(CleaveError):
@@ -116,11 +115,11 @@ class Client:
         ]
         return _data(await self._request("POST", "/v1/documents", json={"documents": bodies}))
 
-    async def documents(self) -> AsyncGenerator[Record, None]:
+    async def documents(self, *, page_size: int = 500) -> AsyncGenerator[Record, None]:
         """List all documents, page by page."""
         after: Record = {}
         while True:
-            page = await self._request("GET", "/v1/documents", params={"limit": PAGE_SIZE, **after})
+            page = await self._request("GET", "/v1/documents", params={"limit": page_size, **after})
             for document in page["data"]:
                 yield document
             if not page["has_more"]:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from app.config import check_single_owner
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from app.api import create_api
+from app.config import check_single_owner
 from app.services import build_services
 from app.settings import Device, Settings
 from app.telemetry import configure_logging
@@ -28,7 +28,7 @@ from deployments.replica import max_replicas
 class Ingress:
     """The HTTP API over parts that are remote when a handle is given, and built in this process when not."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it.
         self,
         settings: Settings,
         device: Device,

@@ -27,7 +27,7 @@ from app.telemetry import configure_logging, logger
 class LLM:
     """An `app.llm.LLM` as a deployment."""
 
-    async def __init__(self, settings: Settings, device: Device) -> None:
+    async def __init__(self, settings: Settings, device: Device) -> None:  # type: ignore[misc]  # Serve awaits it.
         configure_logging(settings.logging)
         self._llm = await build_llm(settings, device)
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from app.config import check_single_owner
 from ray import serve
 
+from app.config import check_single_owner
 from app.domain import Document, IngestReceipt, RetrieverInfo, SearchQuery, SearchResult, StoredDocument
 from app.services import build_retriever
 from app.settings import Settings
@@ -24,7 +24,7 @@ from deployments.replica import max_replicas
 class Retriever:
     """An `app.retrieval.Retriever` as a deployment."""
 
-    async def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it.
         configure_logging(settings.logging)
         check_single_owner(settings, owner="Retriever", max_replicas=max_replicas())
         self._retriever = await build_retriever(settings)

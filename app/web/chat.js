@@ -9,10 +9,11 @@
 
 // ---------------------------------------------------------------------------------------------- settings
 
+/** Questions that the sample documents answer; the last one names its author. */
 const EXAMPLES = [
-  "What did we decide most recently, and why?",
-  "Which questions are still open?",
-  "What should someone new read first?",
+  "How long did the Reading Room outage on 14 October 2025 last?",
+  "What did capping max_num_seqs at 64 do to Hedgerow's p95 time to first token?",
+  "What chunk size and overlap does Teodor Vaskelin use?",
 ];
 
 const MODEL = "cleave";
@@ -24,13 +25,16 @@ const GROUNDING = {
   mixed: "Partly written by the language model and checked, partly quoted from the sources",
   quotes: "Quoted from the sources",
   refused: "The documents do not hold an answer",
+  flagged: "Written by the language model; the sources do not support all of it",
   unchecked: "Written by the language model, not checked against the sources",
 };
 
 /** What is missing from a degraded answer; a reason that is not listed is shown as the server names it. */
 const DEGRADED = {
   llm_unavailable: "the language model is not available",
-  retriever_unavailable: "the document search is not available",
+  llm_timeout: "the language model was too slow",
+  llm_failed: "the language model failed on the way",
+  history_trimmed: "the beginning of the conversation no longer fits",
 };
 
 // --------------------------------------------------------------------------------------------------- DOM
