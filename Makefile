@@ -47,8 +47,8 @@ fix: $(STAMP)
 	$(BIN)/ruff format .
 
 $(STAMP): requirements/$(DEVICE).lock pyproject.toml
-	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 15); \
-		ok or sys.exit("cleave: Python 3.11 to 3.14 is needed, this is %d.%d. Name another: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); \
+		ok or sys.exit("cleave: Python 3.11 to 3.13 is needed, this is %d.%d. Name another: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 		echo "cleave: this Python cannot make virtual environments. On Debian: apt-get install python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 2**30; need = 15 if "$(DEVICE)" == "gpu" else 6; \

@@ -184,6 +184,7 @@ class ChatService:
         yield gate.finish()
         run.grounded = gate.grounded
         run.unsupported = tuple(gate.unsupported)
+        run.num_removed_markers = gate.num_removed_markers
 
     async def _filtered(
         self, run: "_Run", deltas: AsyncIterator[Delta], presented: tuple[Passage, ...]

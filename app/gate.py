@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from app.chunking import sentences
-from app.citations import without_markers
+from app.citations import find_citations, without_markers
 from app.domain import Grounded, Passage
 from app.grounding import Evidence, choose_quotes, quote, rank_evidence, supporting_evidence
 
@@ -20,6 +20,7 @@ class Gate:
 
     def __init__(self, question: str, passages: Sequence[Passage]) -> None:
         self._question = question
+        self._num_presented = len(passages)
         self._quotes = choose_quotes(rank_evidence(question, passages))
         self._support: list[Evidence] = []
         self._text = ""
@@ -45,6 +46,11 @@ class Gate:
         if self._support and not self.unsupported and self._quotes[0] in self._support:
             missing = []
         return last + "".join(self._separated(quote(evidence)) for evidence in missing)
+
+    @property
+    def num_removed_markers(self) -> int:
+        """Count the model's markers that name no presented passage; the others gave way to the gate's own."""
+        return sum(not 1 <= citation.n <= self._num_presented for citation in find_citations(self._text))
 
     @property
     def grounded(self) -> Grounded:

@@ -12,7 +12,7 @@ from app.services import build_services
 from app.settings import Device, Settings
 from app.telemetry import configure_logging
 from deployments.handles import LLMHandle, RetrieverHandle
-from deployments.replica import max_replicas
+from deployments.replica import end_when_dead, max_replicas
 
 
 @serve.deployment(
@@ -38,6 +38,7 @@ class Ingress:
         configure_logging(settings.logging)
         if retriever is None:
             check_single_owner(settings, owner="Ingress", max_replicas=max_replicas())
+        self._holds_engine = llm is None
         self._services = await build_services(
             settings,
             device=device,
@@ -48,6 +49,11 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Hand the application to Serve, which calls this after the constructor."""
         return create_api(self._services)
+
+    async def check_health(self) -> None:
+        """Find out whether an engine of this process lives; those of other deployments are checked there."""
+        if self._holds_engine:
+            await end_when_dead(self._services.llm)
 
     async def __del__(self) -> None:
         """Release the parts of this process when Serve stops the replica."""

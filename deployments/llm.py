@@ -1,16 +1,15 @@
 """The tier with the language model."""
 
-import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from ray import serve
 
 from app.domain import Delta, GenerationRequest, ModelInfo
-from app.errors import LLMUnavailable
 from app.services import build_llm
 from app.settings import Device, Settings
-from app.telemetry import configure_logging, logger
+from app.telemetry import configure_logging
+from deployments.replica import end_when_dead
 
 
 @serve.deployment(
@@ -42,12 +41,8 @@ class LLM:
         return await self._llm.info()
 
     async def check_health(self) -> None:
-        """End the process when the engine is dead: Serve replaces a dead replica at once, a sick one only slowly."""
-        try:
-            await self._llm.info()
-        except LLMUnavailable:
-            logger.exception("the engine is dead; this replica ends so that a new one starts")
-            os._exit(1)
+        """Find out whether the engine lives."""
+        await end_when_dead(self._llm)
 
     async def __del__(self) -> None:
         """Stop the engine when Serve stops the replica."""

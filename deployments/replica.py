@@ -1,6 +1,12 @@
-"""What a replica can find out of itself."""
+"""What a replica can find out of itself, and when it ends itself."""
+
+import os
 
 from ray import serve
+
+from app.errors import LLMUnavailable
+from app.llm import LLM
+from app.telemetry import logger
 
 
 def max_replicas() -> int:
@@ -9,3 +15,12 @@ def max_replicas() -> int:
     if config.autoscaling_config is not None:
         return int(config.autoscaling_config.max_replicas)
     return int(config.num_replicas or 1)
+
+
+async def end_when_dead(llm: LLM) -> None:
+    """End this process when its engine is dead: Serve replaces a dead replica at once, a sick one only slowly."""
+    try:
+        await llm.info()
+    except LLMUnavailable:
+        logger.exception("the engine is dead; this replica ends so that a new one starts")
+        os._exit(1)

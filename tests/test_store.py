@@ -416,7 +416,7 @@ async def check_every_document_is_whole(folder: Path, written: dict[str, int]) -
     for stored in documents:
         found = await chunks_of(store, stored.id)
         assert len(found) == stored.num_chunks
-        assert {text.split()[0] for text in found} == {stored.title}
+        assert {text.split()[0] for text in found} <= {stored.title}
     assert await store.counts() == (len(documents), sum(stored.num_chunks for stored in documents))
     await store.close()
 
@@ -424,29 +424,28 @@ async def check_every_document_is_whole(folder: Path, written: dict[str, int]) -
 OPEN = """
 import sys
 from pathlib import Path
-from tests.test_store import DIMENSION, MANIFEST
 from app.store.edge import open_edge_store
-open_edge_store(Path(sys.argv[1]), dimension=DIMENSION, manifest=MANIFEST)
+manifest = {"embedding.model": "fake", "chunking.max_tokens": 160}
+store = open_edge_store(Path(sys.argv[1]), dimension=8, manifest=manifest)
 """
 
 # Writes and rewrites 20 documents of up to three pieces without an end, and says so when one is written.
-WRITE = """
-import asyncio, random, sys
-from dataclasses import replace
-from pathlib import Path
-from tests.test_store import DIMENSION, MANIFEST, essay
-from app.store.edge import open_edge_store
+WRITE = f"""{OPEN}
+import asyncio, random
+from app.domain import Chunk, Document, EncodedChunk
 
-async def write(path, seed):
-    store = open_edge_store(path, dimension=DIMENSION, manifest=MANIFEST)
-    generator = random.Random(seed)
+async def write(generator):
     while True:
-        document_id, version = f"d{generator.randrange(20)}", str(generator.random())
-        document, chunks = essay(document_id, generator.choice([1, 3, 20, 150, 300]), version)
-        await store.put(replace(document, title=version), chunks)
-        print(document_id, len(chunks), flush=True)
+        name, version = f"d{{generator.randrange(20)}}", str(generator.random())
+        document = Document(name, version, "text", metadata={{"name": name}})
+        chunks = [
+            EncodedChunk(Chunk(index, f"{{version}} {{index}}", 0, 1), (0.5,) * 8, {{index: 1.0}})
+            for index in range(generator.choice([0, 1, 3, 20, 150, 300]))
+        ]
+        await store.put(document, chunks)
+        print(name, len(chunks), flush=True)
 
-asyncio.run(write(Path(sys.argv[1]), sys.argv[2]))
+asyncio.run(write(random.Random(sys.argv[2])))
 """
 
 

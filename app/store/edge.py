@@ -287,14 +287,14 @@ def _finish_writes(shard: EdgeShard) -> None:
     shard.update(UpdateOperation.delete_points([point.id for point in left]))
 
 
-def _finish(shard: EdgeShard, staged: list[str], stale: list[str]) -> None:
+def _finish(shard: EdgeShard, staged: Sequence[str], stale: Sequence[str]) -> None:
     """Publish the staged chunks of a new version and remove those of the old one; done twice, it does the same.
 
     By id, not by a filter: after a kill the engine repeats operations on an index that may be ahead of them, so a
     filter would miss points that it met the first time.
     """
     if staged:
-        shard.update(UpdateOperation.set_payload(staged, {"kind": "chunk"}))
+        shard.update(UpdateOperation.set_payload([*staged], {"kind": "chunk"}))
     shard.update(UpdateOperation.delete_points([*stale, INTENT_ID]))
 
 
