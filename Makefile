@@ -1,7 +1,7 @@
 # The project's commands. A fresh clone needs Python 3.11+ and make; everything else is installed into .venv.
 #   make serve    install if needed, then serve on 127.0.0.1:8000 until Ctrl-C
 #   make test     install if needed, then run all tests
-#   make check    style, types, and that the lock files are current
+#   make check    style and types
 #   make lock     compile the lock files again after a change of pyproject.toml
 
 PYTHON ?= python3

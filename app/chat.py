@@ -1,7 +1,7 @@
 """The pipeline: plan the query, retrieve, generate, check. It cannot tell local parts from remote ones."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
@@ -20,7 +20,7 @@ from app.domain import (
     SamplingParams,
     SearchQuery,
 )
-from app.errors import DeadlineExceeded, LLMUnavailable
+from app.errors import DeadlineExceeded, LLMUnavailable, Unavailable
 from app.gate import Gate
 from app.grounding import is_supported, rank_evidence
 from app.llm import LLM
@@ -32,6 +32,7 @@ from app.settings import AnswerSettings
 from app.telemetry import Stopwatch, logger
 
 REFUSAL = "The documents do not hold an answer to this question."
+NO_MATCH = "No document matches the filters of this request."
 RETRIEVAL_SHARE = 0.5
 """Of the request's time: what retrieval may take, so that an answer can still be made."""
 QUOTING_RESERVE = 0.1
@@ -114,20 +115,21 @@ class ChatService:
         run = _Run(request)
         passages = await self._retrieve(run) if request.use_documents else ()
         if request.use_documents and not self._holds_an_answer(run.query, passages):
+            refusal = NO_MATCH if request.filters and not passages else REFUSAL
             yield AnswerStart(passages, run.query)
-            yield AnswerText(REFUSAL)
-            yield run.end(text=REFUSAL, grounded="refused")
+            yield AnswerText(refusal)
+            yield run.end(grounded="refused")
             return
         engines = (self._llm, self._fallback)
         generation = self._generation(request, passages)
         async with run.first_delta(engines, generation, self._settings.first_token_timeout_s) as deltas:
             yield AnswerStart(passages, run.query, tuple(run.degraded))
-            async with aclosing(self._checked(run, deltas, passages)) as pieces:
-                text = ""
+            text = ""
+            async with aclosing(self._checked(run, deltas, passages[: self._settings.num_passages])) as pieces:
                 async for piece in pieces:
                     text += piece
                     yield AnswerText(piece)
-        yield run.end(text=text, grounded=run.grounded)
+        yield run.end(grounded=run.grounded, citations=find_citations(text) if request.use_documents else ())
 
     async def _retrieve(self, run: "_Run") -> tuple[Passage, ...]:
         run.query = plan_query(run.request.messages)
@@ -156,32 +158,41 @@ class ChatService:
     async def _checked(
         self, run: "_Run", deltas: AsyncIterator[Delta], passages: tuple[Passage, ...]
     ) -> AsyncGenerator[str, None]:
-        presented = passages[: run.first.num_presented]
-        if self._grounding == "gate" and presented and not run.first.is_quote:
-            checked = self._gated(run, deltas, presented)
+        if not run.request.use_documents:
+            checked = self._raw(deltas)
+        elif self._grounding == "gate" and not run.first.is_quote:
+            # What did not fit into the prompt can still be quoted.
+            checked = self._gated(run, deltas, passages)
         else:
-            checked = self._filtered(run, deltas, presented)
+            checked = self._filtered(run, deltas, passages[: run.first.num_presented])
         async with aclosing(checked) as pieces:
             async for piece in pieces:
                 if piece:
                     yield piece
 
+    async def _raw(self, deltas: AsyncIterator[Delta]) -> AsyncGenerator[str, None]:
+        """Stream as it is: where there are no sources, `[0]` is no marker."""
+        async for delta in deltas:
+            yield delta.text
+
     async def _gated(
-        self, run: "_Run", deltas: AsyncIterator[Delta], presented: tuple[Passage, ...]
+        self, run: "_Run", deltas: AsyncIterator[Delta], passages: tuple[Passage, ...]
     ) -> AsyncGenerator[str, None]:
         """Release supported sentences as they are completed; whatever stops the model, quotes complete the answer."""
-        gate = Gate(run.query, presented)
+        gate = Gate(run.query, passages)
+        is_whole = False
         try:
             async for delta in deltas:
                 yield gate.feed(delta.text)
                 if gate.is_full:
-                    run.finish_reason = "stop"
                     break
+            is_whole = run.finish_reason == "stop"
         except LLMUnavailable:
             run.degrade("llm_failed")
         except DeadlineExceeded:
             run.degrade("llm_timeout")
-        yield gate.finish()
+        yield gate.finish(is_whole=is_whole)
+        run.finish_reason = "stop"  # Whatever ended the model's text, quotes make the answer whole.
         run.grounded = gate.grounded
         run.unsupported = tuple(gate.unsupported)
         run.num_removed_markers = gate.num_removed_markers
@@ -245,29 +256,31 @@ class _Run:
     ) -> AsyncGenerator[AsyncGenerator[Delta, None], None]:
         """Wait for the first engine's first token, or the second's when the first is down or too slow."""
         engine, fallback = engines
-        elapsed = asyncio.get_running_loop().time() - self._started
+        patience_end_s = asyncio.get_running_loop().time() - self._started + patience_s
+        if not generation.passages:
+            patience_end_s = self._generation_end_s  # There is nothing to quote instead.
         stream = engine.generate(generation)
         try:
             try:
-                self.first = await self._next(stream, min(elapsed + patience_s, self._generation_end_s))
-            except (LLMUnavailable, DeadlineExceeded) as error:
+                self.first = await self._next(stream, min(patience_end_s, self._generation_end_s))
+            except (Unavailable, DeadlineExceeded) as error:
                 if not generation.passages:
                     raise
-                self.degrade("llm_unavailable" if isinstance(error, LLMUnavailable) else "llm_timeout")
+                self.degrade("llm_timeout" if isinstance(error, DeadlineExceeded) else error.code)
                 await stream.aclose()
                 stream = fallback.generate(generation)
                 self.first = await self._next(stream, self.request.timeout_s)
             self.watch.mark("first_token")
-            async with aclosing(self._deltas(stream)) as deltas:
+            async with aclosing(self._deltas(stream, len(generation.passages))) as deltas:
                 yield deltas
         finally:
             await stream.aclose()
 
-    def end(self, *, text: str, grounded: Grounded) -> AnswerEnd:
+    def end(self, *, grounded: Grounded, citations: Sequence[Citation] = ()) -> AnswerEnd:
         """Sum the answer up."""
         self.watch.mark("total")
         return AnswerEnd(
-            citations=tuple(find_citations(text)) if self.first.num_presented else (),
+            citations=tuple(citations),
             grounded=grounded,
             finish_reason=self.finish_reason,
             prompt_tokens=self.first.prompt_tokens,
@@ -279,9 +292,11 @@ class _Run:
             timings_ms=self.watch.timings_ms,
         )
 
-    async def _deltas(self, stream: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+    async def _deltas(self, stream: AsyncGenerator[Delta, None], num_passages: int) -> AsyncGenerator[Delta, None]:
         if self.first.num_dropped_messages:
             self.degrade("history_trimmed")
+        if self.first.num_presented < num_passages:
+            self.degrade("passages_dropped")
         delta = self.first
         while True:
             self._last = delta

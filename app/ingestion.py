@@ -1,7 +1,7 @@
 """Documents into the store: chunk, encode, write. The same encoder and chunker settings serve queries later."""
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from app import sparse
@@ -21,11 +21,13 @@ TEXT_FORMAT = "title, heading, text; NFKC; 1"
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A document cut into chunks, with what the encoder reads of each."""
+    """A document cut into chunks, with what the encoder reads of each and its BM25 terms."""
 
     document: Document
     chunks: Sequence[Chunk]
     texts: Sequence[str]
+    terms: Sequence[Mapping[int, float]]
+    num_truncated: int
     is_update: bool
 
 
@@ -62,12 +64,14 @@ class Ingestor:
 
     def _cut(self, document: Document, is_update: bool) -> _Draft:
         chunks = split(document.text, self._embedder, max_tokens=self._max_tokens)
-        return _Draft(document, chunks, [self._encoder_text(document, chunk) for chunk in chunks], is_update)
+        texts = [self._encoder_text(document, chunk) for chunk in chunks]
+        terms = [sparse.encode_document(text) for text in texts]
+        return _Draft(document, chunks, texts, terms, self._count_truncated(texts), is_update)
 
     async def _write(self, draft: _Draft, vectors: Sequence[Sequence[float]]) -> IngestReceipt:
         encoded = [
-            EncodedChunk(chunk, tuple(vector), sparse.encode_document(text))
-            for chunk, text, vector in zip(draft.chunks, draft.texts, vectors, strict=True)
+            EncodedChunk(chunk, tuple(vector), terms)
+            for chunk, terms, vector in zip(draft.chunks, draft.terms, vectors, strict=True)
         ]
         await self._store.put(draft.document, encoded)
         logger.info("document ingested", extra={"document_id": draft.document.id, "num_chunks": len(encoded)})
@@ -75,7 +79,7 @@ class Ingestor:
             draft.document.id,
             "updated" if draft.is_update else "created",
             num_chunks=len(encoded),
-            num_truncated_chunks=self._count_truncated(draft.texts),
+            num_truncated_chunks=draft.num_truncated,
         )
 
     async def _reported(self, document: Document, work: Awaitable[_Draft | IngestReceipt]) -> _Draft | IngestReceipt:

@@ -45,10 +45,13 @@ def check_chat_model(reference: str, *, chat_template: Path | None = None) -> Mo
     Raises:
         ConfigurationError: it cannot; the message names the setting and the way out.
     """
+    if chat_template is not None and not chat_template.is_file():
+        raise ConfigurationError(f"llm.chat_template: there is no file {str(chat_template)!r}.")
     if reference in BUNDLED_CHAT_MODELS:
         return ModelReference(str(_bundled_path(*BUNDLED_CHAT_MODELS[reference], setting="llm.model")))
     found = _resolve(reference, setting="llm.model", bundled=BUNDLED_CHAT_MODELS)
-    _check_chat_template(found, reference, chat_template)
+    if chat_template is None:
+        _check_chat_template(found, reference)
     return found
 
 
@@ -125,11 +128,7 @@ def _check_hub(hub_id: str, revision: str | None, setting: str) -> None:
         ) from None
 
 
-def _check_chat_template(found: ModelReference, reference: str, chat_template: Path | None) -> None:
-    if chat_template is not None:
-        if not chat_template.is_file():
-            raise ConfigurationError(f"llm.chat_template: there is no file {str(chat_template)!r}.")
-        return
+def _check_chat_template(found: ModelReference, reference: str) -> None:
     folder = Path(found.source)
     if not folder.is_dir():
         return  # The engine reports a hub model without one when it has downloaded it.

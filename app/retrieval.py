@@ -1,7 +1,6 @@
 """Retrieval: a question to passages; and the interface of the part that owns the documents."""
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -26,7 +25,7 @@ from app.store import Store
 from app.telemetry import Stopwatch
 
 MAX_CACHED_PASSAGES = 4096
-"""Sentence vectors kept: about 10 kB a passage."""
+"""Sentence vectors kept: about 10 kB a passage; the oldest go first."""
 
 
 class Retriever(Protocol):
@@ -75,7 +74,7 @@ class LocalRetriever:
         self._ingestor = ingestor
         self._settings = settings
         self._collection = collection
-        self._sentence_vectors: OrderedDict[str, tuple[list[str], Vectors]] = OrderedDict()
+        self._sentence_vectors: dict[str, tuple[list[str], Vectors]] = {}
 
     async def search(self, query: SearchQuery) -> SearchResult:
         """Embed the question, search both lists in the engine, score the sentences of the best passages."""
@@ -160,7 +159,7 @@ class LocalRetriever:
             known[key] = self._sentence_vectors[key] = (texts, vectors[start : start + len(texts)])
             start += len(texts)
         while len(self._sentence_vectors) > MAX_CACHED_PASSAGES:
-            self._sentence_vectors.popitem(last=False)
+            del self._sentence_vectors[next(iter(self._sentence_vectors))]
         return [known[_cache_key(passage)] for passage in passages]
 
 

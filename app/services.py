@@ -1,6 +1,7 @@
 """The one composition root: settings in, running parts out. Any part can be handed in instead of built."""
 
 import asyncio
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ async def build_retriever(settings: Settings) -> LocalRetriever:
     ingestor = Ingestor(embedder, store, settings.chunking)
     retriever = LocalRetriever(embedder, store, ingestor, settings.retrieval, settings.store.collection)
     if settings.seed is not None:
-        await _seed(retriever, settings.seed, max_bytes=settings.api.max_file_bytes)
+        await _seed(retriever, settings, settings.seed)
     return retriever
 
 
@@ -89,22 +90,33 @@ async def _open_store(settings: Settings, dimension: int, stamp: Manifest) -> St
     url = ":memory:" if settings.store.kind == "memory" else settings.store.url
     return await open_server_store(
         url=url,
-        api_key=settings.store.api_key,
+        api_key=settings.store.api_key or os.environ.get("QDRANT_API_KEY"),
         collection=settings.store.collection,
         dimension=dimension,
         manifest=stamp,
     )
 
 
-async def _seed(retriever: LocalRetriever, seed: Path, *, max_bytes: int) -> None:
-    if (await retriever.info()).num_documents:
+async def _seed(retriever: LocalRetriever, settings: Settings, seed: Path) -> None:
+    """Fill a collection once. A seed that was cut short goes on; a collection with other documents is left alone."""
+    done = settings.data_dir / "seeded" / settings.store.collection
+    if settings.store.kind != "memory" and await asyncio.to_thread(done.exists):
         return
-    documents = await asyncio.to_thread(_load_seed, seed, max_bytes)
-    receipts = await retriever.ingest(documents)
-    failed = [receipt for receipt in receipts if receipt.status == "failed"]
-    if failed:
-        raise ConfigurationError(f"seed: {failed[0].document_id} could not be ingested: {failed[0].error}")
-    logger.info("collection seeded", extra={"num_documents": len(receipts), "seed": str(seed)})
+    documents = await asyncio.to_thread(_load_seed, seed, settings.api.max_file_bytes)
+    held = await retriever.documents(limit=len(documents) + 1)
+    if {one.id for one in held} <= {document.id for document in documents}:
+        receipts = await retriever.ingest(documents)
+        failed = [receipt for receipt in receipts if receipt.status == "failed"]
+        if failed:
+            raise ConfigurationError(f"seed: {failed[0].document_id} could not be ingested: {failed[0].error}")
+        logger.info("collection seeded", extra={"num_documents": len(receipts), "seed": str(seed)})
+    if settings.store.kind != "memory":
+        await asyncio.to_thread(_mark, done)
+
+
+def _mark(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
 
 
 def _load_seed(seed: Path, max_bytes: int) -> list[Document]:
@@ -112,11 +124,16 @@ def _load_seed(seed: Path, max_bytes: int) -> list[Document]:
         raise ConfigurationError(
             f"seed: there is no {str(seed)!r} here. Name an existing file or folder, or leave it out."
         )
-    files = sorted(path for path in seed.rglob("*") if path.suffix in SUFFIXES) if seed.is_dir() else [seed]
     documents: list[Document] = []
+    files = sorted(path for path in seed.rglob("*") if _is_readable(path)) if seed.is_dir() else [seed]
     for path in files:
-        for one in load_file(str(path.relative_to(seed.parent)), path.read_bytes(), max_bytes=max_bytes):
+        name = path.relative_to(seed.parent).as_posix()
+        for one in load_file(name, path.read_bytes(), max_bytes=max_bytes):
             if not isinstance(one, Document):
                 raise ConfigurationError(f"seed: {one.message}")
             documents.append(one)
     return documents
+
+
+def _is_readable(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()

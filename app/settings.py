@@ -25,6 +25,7 @@ class EmbeddingSettings(Branch):
 
     model: str = Field("all-MiniLM-L6-v2", description="bundled name, hub-id[@revision], or folder")
     batch_size: int = Field(32, ge=1, le=1024)
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it")
     num_threads: int = Field(2, ge=1, description="CPU threads of one retriever replica")
 
 
@@ -72,7 +73,7 @@ class LLMSettings(Branch):
     max_model_len: int | None = Field(None, ge=256, description="context window in tokens; default: the model's own")
     max_num_seqs: int = Field(32, ge=1, description="requests that the engine runs at once")
     stream_interval: int = Field(8, ge=1, description="tokens per message after the first")
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on the CPU, GiB; a GPU takes what is free")
+    kv_cache_gib: int = Field(1, ge=1, description="KV cache on the CPU, GiB; a GPU takes what is free")
     num_threads: int = Field(2, ge=1, description="CPU threads of the engine on the CPU")
     chat_template: Path | None = Field(None, description="a Jinja file, for a model without its own template")
     engine_options: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's AsyncEngineArgs")

@@ -81,15 +81,16 @@ class LLMHandle:
         """See `LLM.generate`."""
         if self._is_suspect:
             await self.info()
-        # Until it has answered: whoever gives up before that leaves the suspicion behind.
-        self._is_suspect = True
+        has_answered = False
         with _translated_errors(_llm_unavailable()):
             stream = self._generate.remote(request)
             try:
                 async for delta in stream:
-                    self._is_suspect = False
+                    has_answered = True
                     yield delta
             finally:
+                # Whoever gave up before the first token leaves the suspicion behind.
+                self._is_suspect = not has_answered
                 # Leaving the loop alone would let the engine generate to the end.
                 stream.cancel()
 

@@ -29,11 +29,13 @@ class ScriptedLLM:
         self._down = down
         self.requests: list[GenerationRequest] = []
         self.num_played = 0
+        self.began = asyncio.Event()
         self.closed = asyncio.Event()
         """The stream has come to an end: by itself, by an error, or because it was closed."""
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         self.requests.append(request)
+        self.began.set()
         presented = len(request.passages) if self._num_presented is None else self._num_presented
         try:
             for position, step in enumerate(self._script, start=1):

@@ -11,7 +11,7 @@ from app.api.chat import chat_router
 from app.api.documents import documents_router
 from app.api.errors import install_error_handlers
 from app.api.health import health_router
-from app.api.middleware import BodyLimit, RequestContext
+from app.api.middleware import BodyLimit, RequestContext, SameOrigin
 from app.services import Services
 
 WEB = Path(__file__).parent.parent / "web"
@@ -25,6 +25,7 @@ def create_api(services: Services) -> FastAPI:
         description="Answers from your own writing, with citations. The chat routes speak OpenAI's API.",
     )
     api.add_middleware(BodyLimit, max_bytes=services.settings.api.max_body_bytes)
+    api.add_middleware(SameOrigin)
     api.add_middleware(RequestContext)
     install_error_handlers(api)
     api.include_router(health_router(services))

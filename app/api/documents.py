@@ -5,16 +5,15 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
 
 from app.api.schemas import DocumentBody, DocumentsBody, SearchRequest
 from app.api.sse import source
-from app.domain import Document, IngestReceipt, Message, Metadata, Scalar, SearchQuery, StoredDocument
+from app.domain import Document, IngestReceipt, Metadata, Scalar, SearchQuery, StoredDocument
 from app.errors import InvalidRequest, TooLarge, UnreadableFile
 from app.loaders import load_file, normalise
-from app.planning import plan_query
 from app.services import Services
 
 METADATA = TypeAdapter(dict[str, Scalar])
@@ -22,8 +21,13 @@ BODIES = {
     "requestBody": {
         "required": True,
         "content": {
+            # Written out, since a reference would need the schema among the document's components.
             "application/json": {
-                "schema": DocumentsBody.model_json_schema(ref_template="#/components/schemas/{model}")
+                "schema": {
+                    "type": "object",
+                    "required": ["documents"],
+                    "properties": {"documents": {"type": "array", "items": DocumentBody.model_json_schema()}},
+                }
             },
             "multipart/form-data": {
                 "schema": {
@@ -52,10 +56,14 @@ def documents_router(services: Services) -> APIRouter:
 
         Each is reported by itself: `created`, `updated`, `unchanged` or `failed` with the reason.
         """
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        content_type = request.headers.get("content-type", "")
+        if content_type.startswith("multipart/form-data"):
             loaded = await _from_form(request, max_file_bytes)
+        elif content_type.startswith("application/json"):
+            loaded = await asyncio.to_thread(_from_json, await request.body())
         else:
-            loaded = _from_json(await request.body())
+            # A web page elsewhere may send other types to this machine without asking.
+            raise HTTPException(415, "Send application/json or multipart/form-data")
         receipts = await retriever.ingest([one for _, one in loaded if isinstance(one, Document)])
         return {"object": "list", "data": _results(loaded, receipts)}
 
@@ -88,7 +96,9 @@ def documents_router(services: Services) -> APIRouter:
     @router.post("/v1/search")
     async def search(body: SearchRequest) -> dict[str, Any]:
         """Find passages without generating an answer."""
-        question = plan_query((Message("user", body.query),))
+        question = normalise(body.query).strip()
+        if not question:
+            raise InvalidRequest("The query is empty.", param="query")
         top_k = body.top_k or services.settings.retrieval.top_k
         found = await retriever.search(SearchQuery(question, top_k, body.filters))
         return {
@@ -128,7 +138,7 @@ def _from_json(body: bytes) -> list[tuple[str, Document | UnreadableFile]]:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or None
         raise InvalidRequest(f"{f'{where}: ' if where else ''}{first['msg']}.", param=where) from None
-    return [("", _from_body(one)) for one in parsed.documents]
+    return [(one.id or f"documents[{position}]", _from_body(one)) for position, one in enumerate(parsed.documents)]
 
 
 def _from_body(body: DocumentBody) -> Document | UnreadableFile:
@@ -165,7 +175,7 @@ def _results(
     results = []
     for name, one in loaded:
         receipt = next(remaining) if isinstance(one, Document) else IngestReceipt(name, "failed", error=one.message)
-        results.append({"file": name or None, **asdict(receipt)})
+        results.append({"file": name, **asdict(receipt)})
     return results
 
 

@@ -23,7 +23,6 @@ def install_error_handlers(api: FastAPI) -> None:
     api.add_exception_handler(CleaveError, _cleave_error)
     api.add_exception_handler(RequestValidationError, _validation_error)
     api.add_exception_handler(HTTPException, _http_error)
-    api.add_exception_handler(Exception, _unexpected_error)
 
 
 def internal_error(error: BaseException) -> CleaveError:
@@ -44,22 +43,22 @@ async def _validation_error(_: Request, error: Exception) -> JSONResponse:
     param = ".".join(str(part) for part in first["loc"][1:]) or None
     if first["type"] == "json_invalid":
         return await _cleave_error(_, InvalidRequest(f"The body is not valid JSON: {first['ctx']['error']}."))
-    where = f"{param}: " if param else ""
-    return await _cleave_error(_, InvalidRequest(f"{where}{first['msg']}.", param=param))
+    if not param:
+        message = "The body is not a JSON object. Send one with the header Content-Type: application/json."
+        return await _cleave_error(_, InvalidRequest(message))
+    return await _cleave_error(_, InvalidRequest(f"{param}: {first['msg']}.", param=param))
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, CleaveError):
+        return await _cleave_error(request, error.__cause__)  # Raised by the body limit while the body was parsed.
     if error.status_code == 404:
         message = f"There is no {request.method} {request.url.path}. See /docs for the routes."
         return await _cleave_error(request, NotFound(message))
-    translated = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}.")
+    translated = InvalidRequest(f"{request.method} {request.url.path}: {error.detail.rstrip('.')}.")
     translated.status = error.status_code
     translated.code = STATUS_NAMES.get(error.status_code, "bad_request")
     response = await _cleave_error(request, translated)
     response.headers.update(error.headers or {})
     return response
-
-
-async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
-    return await _cleave_error(request, internal_error(error))

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from app.api.errors import internal_error
 from app.errors import CleaveError
 from app.services import Services
 
@@ -49,3 +50,5 @@ async def _probe(question: Awaitable[Any]) -> dict[str, Any]:
         }
     except CleaveError as error:
         return {"status": "unavailable", "error": error.message}
+    except Exception as error:
+        return {"status": "unavailable", "error": internal_error(error).message}

@@ -4,11 +4,13 @@ import json
 import re
 import time
 import uuid
+from urllib.parse import urlsplit
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import error_body
-from app.errors import TooLarge
+from app.api.errors import error_body, internal_error
+from app.errors import CrossOrigin, TooLarge
 from app.telemetry import logger, request_id
 
 ACCEPTED_ID = re.compile(r"[\w.:-]{1,128}")
@@ -22,7 +24,10 @@ PAGES_WITH_OWN_POLICY = frozenset({"/docs", "/redoc"})
 
 
 class RequestContext:
-    """Gives each request an id (the caller's, if it sends a sane one), returns it, and logs the outcome."""
+    """Gives each request an id (the caller's, if it sends a sane one), returns it, and logs the outcome.
+
+    An error that nobody foresaw is answered here, where its answer still gets the id.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -53,6 +58,11 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except Exception as error:
+            failure = internal_error(error)
+            if status:
+                raise  # Too late for another answer: the server breaks the connection off.
+            await JSONResponse(error_body(failure), failure.status)(scope, receive, send_with_headers)
         finally:
             if scope["path"] not in QUIET_PATHS:
                 # No status: the client left before there was one.
@@ -66,6 +76,24 @@ class RequestContext:
                     },
                 )
             request_id.reset(token)
+
+
+class SameOrigin:
+    """Refuses changes that a web page of another site asks for: a browser would send them from behind any firewall."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        headers = dict(scope.get("headers", []))
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        own = headers.get(b"host", b"").decode("latin-1")
+        if origin and scope["method"] not in ("GET", "HEAD", "OPTIONS") and urlsplit(origin).netloc != own:
+            error = CrossOrigin(f"This service takes no requests from pages of {origin}.")
+            await JSONResponse(error_body(error), error.status)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

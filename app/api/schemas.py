@@ -1,17 +1,35 @@
 """What goes over the wire: OpenAI's chat completions with one extension object, `rag`, and Cleave's own routes."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
 
-from app.domain import Message, SamplingParams, Scalar
+from app.domain import Message, SamplingParams
 from app.errors import UnsupportedParameter
 
 PROFILE = "cleave"
 """The model that answers from the documents; the raw language model is served under its own name."""
 
-ScalarOrList = Scalar | list[Scalar]
-Text = Annotated[str, Field(max_length=2_000_000)]
+
+def _one_error(expected: str) -> WrapValidator:
+    """Say what a union takes in one error, in place of one for each of its members."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("union", "Input should be {expected}", {"expected": expected}) from None
+
+    return WrapValidator(validate)
+
+
+# Limits also make pydantic refuse lone surrogates, which no store and no response can hold.
+Text: TypeAlias = Annotated[str, Field(max_length=2_000_000)]
+Name: TypeAlias = Annotated[str, Field(max_length=1_000)]
+StopText: TypeAlias = Annotated[str, Field(min_length=1, max_length=1_000)]
+Value: TypeAlias = Annotated[Text | int | float | bool, _one_error("a text, a finite number or a boolean")]
+Wanted: TypeAlias = Annotated[Value | list[Value], _one_error("a text, a finite number, a boolean, or a list of them")]
 
 UNSUPPORTED = {
     "tools": "Cleave answers from documents; it calls no tools.",
@@ -41,11 +59,14 @@ class TextPart(BaseModel):
     text: Text
 
 
+Content: TypeAlias = Annotated[Text | list[TextPart], _one_error("a text, or a list of parts of the type 'text'")]
+
+
 class WireMessage(Wire):
     """A turn of the conversation; `developer` is a newer name for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Content
 
     def to_domain(self) -> Message:
         """Join the parts to one text."""
@@ -65,7 +86,7 @@ class RAGOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     enabled: bool = True
-    filters: dict[str, ScalarOrList] = Field(default_factory=dict, examples=[{"author": "Marit Oldershaw"}])
+    filters: dict[Name, Wanted] = Field(default_factory=dict, examples=[{"author": "Marit Oldershaw"}])
     top_k: int | None = Field(None, ge=1, le=50)
     timeout_s: float | None = Field(None, gt=0, le=600)
 
@@ -84,7 +105,7 @@ class ChatCompletionRequest(Wire):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: Annotated[StopText | list[StopText], _one_error("a text that is not empty, or a list of them")] | None = None
     n: int | None = None
     response_format: dict[str, Any] | None = None
     rag: RAGOptions = RAGOptions()
@@ -123,7 +144,7 @@ class SearchRequest(BaseModel):
 
     query: Text = Field(examples=["How long did the outage last?"])
     top_k: int | None = Field(None, ge=1, le=50)
-    filters: dict[str, ScalarOrList] = Field(default_factory=dict)
+    filters: dict[Name, Wanted] = Field(default_factory=dict)
 
 
 class DocumentBody(BaseModel):
@@ -135,7 +156,7 @@ class DocumentBody(BaseModel):
     id: str | None = Field(None, min_length=1, max_length=512, description="default: named after the content")
     title: str = Field("", max_length=1000)
     url: str = Field("", max_length=4000)
-    metadata: dict[str, Scalar] = Field(default_factory=dict, max_length=64)
+    metadata: dict[Name, Value] = Field(default_factory=dict, max_length=64)
 
 
 class DocumentsBody(BaseModel):

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from app.domain import Delta, FinishReason, GenerationRequest, Message, ModelInfo, SamplingParams
-from app.errors import CleaveError, ConfigurationError, ContextTooLong, LLMUnavailable, Overloaded
+from app.errors import CleaveError, ConfigurationError, InvalidRequest, LLMUnavailable, Overloaded
 from app.models import resolve_chat_model
 from app.prompts import pack
 from app.settings import Device, LLMSettings
@@ -71,6 +73,8 @@ class VLLMEngine:
             try:
                 async for output in outputs:
                     completion = output.outputs[0]
+                    if completion.finish_reason in ("abort", "error"):
+                        raise LLMUnavailable("The language model's engine gave the request up.", retry_after_s=2)
                     num_generated += len(completion.token_ids)
                     yield Delta(
                         text=completion.text,
@@ -117,7 +121,7 @@ class VLLMEngine:
                 tokenize=True,
                 return_dict=False,
             )
-        except ValueError as error:
+        except (ValueError, TemplateError) as error:
             raise ConfigurationError(
                 f"llm.model: {self._model} has no usable chat template ({_first_line(error)}). "
                 "Set llm.chat_template to a Jinja file that renders `messages`."
@@ -150,7 +154,7 @@ def _finish_reason(reason: str | None) -> FinishReason | None:
 
 def _set_cpu_environment(settings: LLMSettings) -> None:
     """Tell the CPU build how much memory and how many threads it may take; it reads these at import."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(settings.kv_cache_gib))))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
 
@@ -169,7 +173,7 @@ def _translated_errors() -> Iterator[None]:
             "The language model's engine has failed and is being restarted.", retry_after_s=10
         ) from error
     except VLLMClientError as error:
-        raise ContextTooLong(_first_line(error), param="messages") from error
+        raise InvalidRequest(_first_line(error)) from error
 
 
 def _first_line(error: BaseException) -> str:
