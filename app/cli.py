@@ -283,7 +283,7 @@ def _describe_skipped(skipped: Sequence[Path]) -> str:
 # --- Ask -------------------------------------------------------------------------------------------------------------
 
 
-@main.command(epilog="Example: cleave ask 'How long did the Reading Room outage last?' --author 'Marit Oldershaw'")
+@main.command(epilog="Example: cleave ask 'How long did the Reading Room outage last?' --author 'Noor Hallivant'")
 def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
     author: Authors = None,

@@ -32,6 +32,8 @@ const GROUNDING = {
 /** What is missing from a degraded answer; a reason that is not listed is shown as the server names it. */
 const DEGRADED = {
   llm_unavailable: "the language model is not available",
+  overloaded: "the language model has too many requests",
+  passages_dropped: "not all passages fitted into the prompt",
   llm_timeout: "the language model was too slow",
   llm_failed: "the language model failed on the way",
   history_trimmed: "the beginning of the conversation no longer fits",
