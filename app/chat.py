@@ -112,7 +112,7 @@ class ChatService:
             InvalidRequest, UnknownFilter, ContextTooLong: before the first event.
             RetrieverUnavailable, LLMUnavailable, DeadlineExceeded.
         """
-        run = _Run(request)
+        run = _Run(request, plan_query(request.messages))
         passages = await self._retrieve(run) if request.use_documents else ()
         if request.use_documents and not self._holds_an_answer(run.query, passages):
             refusal = NO_MATCH if request.filters and not passages else REFUSAL
@@ -132,7 +132,6 @@ class ChatService:
         yield run.end(grounded=run.grounded, citations=find_citations(text) if request.use_documents else ())
 
     async def _retrieve(self, run: "_Run") -> tuple[Passage, ...]:
-        run.query = plan_query(run.request.messages)
         query = SearchQuery(run.query, run.request.top_k, run.request.filters, num_scored=self._settings.num_passages)
         with run.watch.stage("retrieve"):
             found = await run.within(
@@ -221,9 +220,9 @@ class ChatService:
 class _Run:
     """The state of one answer: its deadline, its timings, and what is said of it at the end."""
 
-    def __init__(self, request: ChatRequest) -> None:
+    def __init__(self, request: ChatRequest, query: str) -> None:
         self.request = request
-        self.query = ""
+        self.query = query
         self.watch = Stopwatch()
         self.degraded: list[str] = []
         self.grounded: Grounded = "unchecked"

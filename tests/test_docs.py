@@ -25,8 +25,8 @@ VERBS = set(typer.main.get_command(main).commands)  # type: ignore[attr-defined]
 
 NEVER_ANSWERED = {"unavailable", "unreadable_file", "collection_mismatch"}
 """A base class; what is reported per file; what ends the start."""
-FOREIGN_CODES = {"bad_request", "method_not_allowed"}
-"""Of errors that the web framework raises."""
+FOREIGN_CODES = {"bad_request", "method_not_allowed", "unsupported_media_type"}
+"""Of errors that are the web framework's own."""
 
 FENCED = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
