@@ -1,7 +1,7 @@
 """Ask a running service the questions of an evaluation set, and count the answers that hold a gold answer.
 
-    cleave ingest DIR/corpus.jsonl
-    python benchmarks/answers.py DIR --limit 200 --json out.json
+cleave ingest DIR/corpus.jsonl
+python benchmarks/answers.py DIR --limit 200 --json out.json
 """
 
 import argparse

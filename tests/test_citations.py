@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +32,7 @@ def test_markers_that_name_no_presented_source_are_removed_and_counted(text: str
 @given(st.text(alphabet="a [1],29", max_size=40), st.lists(st.integers(0, 40), max_size=8))
 def test_how_a_text_is_cut_into_pieces_does_not_matter(text: str, cuts: list[int]) -> None:
     ends = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(ends)]
     assert filtered(pieces, 2) == filtered([text], 2)
 
 
