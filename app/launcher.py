@@ -33,7 +33,10 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "PYTHONUNBUFFERED": "1",
 }
-FATAL = re.compile(r"app\.errors\.(?:ConfigurationError|CollectionMismatch): (?P<message>.+)|(?P<failed>Deploying app .+ failed.*|DEPLOY_FAILED.*)")
+FATAL = re.compile(
+    r"app\.errors\.(?:ConfigurationError|CollectionMismatch): (?P<message>.+)"
+    r"|Deploying app .+ failed|DEPLOY_FAILED"
+)
 DASHBOARD = re.compile(r"dashboard at (?P<address>\S+)")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
