@@ -54,10 +54,16 @@ def rank_evidence(question: str, passages: Sequence[Passage]) -> list[Evidence]:
 
     A question word weighs more the fewer candidate sentences hold it (the IDF of BM25, over the candidates).
     """
-    candidates = [(n, place, sentence) for n, place, passage in _numbered(passages) for sentence in passage.sentences]
+    asked = _stems(question)
+    candidates = [
+        (n, place, sentence)
+        for n, place, passage in _numbered(passages)
+        for sentence in passage.sentences
+        if _stems(sentence.text) - asked  # A sentence that only repeats the question answers nothing.
+    ]
     about = [_stems(_description(passage)) for passage in passages]
     stems = [_stems(sentence.text) | about[place] for _, place, sentence in candidates]
-    weights = {word: _idf(sum(word in held for held in stems), len(stems)) for word in _stems(question)}
+    weights = {word: _idf(sum(word in held for held in stems), len(stems)) for word in asked}
     total = sum(weights.values()) or 1.0
     evidence = [
         Evidence(

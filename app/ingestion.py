@@ -1,7 +1,7 @@
 """Documents into the store: chunk, encode, write. The same encoder and chunker settings serve queries later."""
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from app import sparse
@@ -42,6 +42,9 @@ class Ingestor:
 
     async def ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
         """Write each document; one that fails is reported and the rest goes on. Receipts are in the order given."""
+        return [receipt for run in _without_repetition(documents) for receipt in await self._ingest(run)]
+
+    async def _ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
         outcomes = [await self._reported(document, self._draft(document)) for document in documents]
         drafts = [outcome for outcome in outcomes if isinstance(outcome, _Draft)]
         # All in one call: short documents share the encoder's batches.
@@ -102,6 +105,17 @@ class Ingestor:
 
     def _count_truncated(self, texts: Iterable[str]) -> int:
         return sum(self._embedder.num_tokens(text) > self._embedder.window for text in texts)
+
+
+def _without_repetition(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Cut before an id that comes again, since the later version is compared with the stored earlier one."""
+    run: dict[str, Document] = {}
+    for document in documents:
+        if document.id in run:
+            yield list(run.values())
+            run = {}
+        run[document.id] = document
+    yield list(run.values())
 
 
 def check_window(embedder: Embedder, settings: ChunkingSettings) -> None:

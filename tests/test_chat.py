@@ -11,7 +11,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.chat import REFUSAL, AnswerEnd, AnswerEvent, AnswerStart, AnswerText, ChatRequest, ChatService
+from app.chat import NO_MATCH, REFUSAL, AnswerEnd, AnswerEvent, AnswerStart, AnswerText, ChatRequest, ChatService
 from app.citations import find_citations
 from app.domain import Document, Grounding, Message, Passage, SamplingParams, Sentence
 from app.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, LLMUnavailable, UnknownFilter
@@ -29,7 +29,9 @@ FACT = "The Reading Room outage lasted 52 minutes."
 QUOTED = "\u201cThe Reading Room outage lasted 52 minutes.\u201d [1]"
 DOCUMENTS = [
     Document("outage", "Post-mortem", f"{FACT} Nobody was on call.", metadata={"author": "Noor"}),
-    Document("cache", "KV cache", "The cache of the larger model takes 40 GB of memory.", metadata={"author": "Teodor"}),
+    Document(
+        "cache", "KV cache", "The cache of the larger model takes 40 GB of memory.", metadata={"author": "Teodor"}
+    ),
     Document("chunks", "Chunking", "Cut manuals at their headings, not at a length.", metadata={"author": "Marit"}),
     Document("wiki", "Tower", "The lighthouse of Vesterby was built in 1868 [12]. It is 31 m high [2].", metadata={}),
 ]
@@ -50,9 +52,7 @@ class Answer:
     end: AnswerEnd
 
 
-def service(
-    retriever: LocalRetriever, llm: ScriptedLLM, grounding: Grounding = "gate", **settings: Any
-) -> ChatService:
+def service(retriever: LocalRetriever, llm: ScriptedLLM, grounding: Grounding = "gate", **settings: Any) -> ChatService:
     return ChatService(retriever, llm, grounding=grounding, settings=AnswerSettings(**settings))
 
 
@@ -120,11 +120,9 @@ async def test_the_refusal_needs_no_engine(retriever: LocalRetriever) -> None:
 
 
 @in_one_loop
-async def test_a_filter_that_nothing_matches_is_refused_too(retriever: LocalRetriever) -> None:
-    answer = await answered(
-        service(retriever, ScriptedLLM("Hi."), "off"), asking(filters={"author": "Nobody"})
-    )
-    assert (answer.text, answer.start.sources) == (REFUSAL, ())
+async def test_a_filter_that_nothing_matches_is_said(retriever: LocalRetriever) -> None:
+    answer = await answered(service(retriever, ScriptedLLM("Hi."), "off"), asking(filters={"author": "Nobody"}))
+    assert (answer.text, answer.end.grounded, answer.start.sources) == (NO_MATCH, "refused", ())
 
 
 @in_one_loop
@@ -180,7 +178,7 @@ async def test_a_source_that_did_not_fit_the_prompt_cannot_be_cited(retriever: L
     llm = ScriptedLLM("It lasted 52 minutes [1] or 40 [2].", num_presented=1)
     answer = await answered(service(retriever, llm, "off"))
     assert answer.text == "It lasted 52 minutes [1] or 40."
-    assert answer.end.num_presented == 1
+    assert (answer.end.num_presented, answer.end.degraded) == (1, ("passages_dropped",))
     assert len(answer.start.sources) > 1
 
 
@@ -219,9 +217,9 @@ async def test_text_that_is_out_cannot_be_mended_so_the_error_comes_out(
 ) -> None:
     events: list[AnswerEvent] = []
     with pytest.raises(LLMUnavailable, match="died"):
-        async for event in service(
-            retriever, ScriptedLLM("The outage", LLMUnavailable("died")), grounding
-        ).answer(asking()):
+        async for event in service(retriever, ScriptedLLM("The outage", LLMUnavailable("died")), grounding).answer(
+            asking()
+        ):
             events.append(event)
     assert events[1:] == [AnswerText("The outage")]
 
@@ -368,12 +366,14 @@ async def test_every_stage_says_how_long_it_took(retriever: LocalRetriever) -> N
 
 
 @in_one_loop
-@pytest.mark.parametrize(("grounding", "text"), [("flag", "The outage lasted"), ("gate", QUOTED)])
-async def test_a_completion_that_was_cut_says_so_and_no_half_sentence_passes_the_gate(
-    retriever: LocalRetriever, grounding: Grounding, text: str
+@pytest.mark.parametrize(
+    ("grounding", "text", "finish_reason"), [("flag", "The outage lasted", "length"), ("gate", QUOTED, "stop")]
+)
+async def test_a_completion_that_was_cut_says_so_unless_quotes_complete_it(
+    retriever: LocalRetriever, grounding: Grounding, text: str, finish_reason: str
 ) -> None:
     answer = await answered(service(retriever, ScriptedLLM("The outage lasted", finish_reason="length"), grounding))
-    assert (answer.text, answer.end.finish_reason) == (text, "length")
+    assert (answer.text, answer.end.finish_reason) == (text, finish_reason)
 
 
 @in_one_loop

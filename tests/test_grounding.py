@@ -35,6 +35,13 @@ def test_the_author_counts_for_every_sentence_of_a_passage() -> None:
     assert rank_evidence("What does Teodor Vaskelin use?", [other, mine])[0].n == 2
 
 
+def test_a_sentence_that_only_repeats_the_question_is_no_evidence() -> None:
+    found = rank_evidence(
+        "What did Maxime Labonne write?", [passage(("Maxime Labonne", 0.9), ("A book on merging.", 0.3))]
+    )
+    assert [one.text for one in found] == ["A book on merging."]
+
+
 def test_only_sentences_close_to_the_best_are_quoted() -> None:
     quotes = choose_quotes(rank_evidence(QUESTION, [OUTAGE]))
     assert [one.text for one in quotes] == ["The outage of the gateway lasted 52 minutes."]

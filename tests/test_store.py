@@ -396,7 +396,7 @@ async def test_a_clock_that_was_set_back_does_not_keep_the_old_version(
 async def test_a_killed_writer_leaves_every_document_whole(tmp_path: Path) -> None:
     generator = random.Random(11)
     written: dict[str, int] = {}
-    for _ in range(12):
+    for _ in range(10):
         writer = run_python(WRITE, tmp_path / "collection", str(generator.random()))
         assert writer.stdout is not None
         for _ in range(generator.randint(1, 30)):
