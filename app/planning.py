@@ -20,5 +20,5 @@ def plan_query(messages: Sequence[Message]) -> str:
         raise InvalidRequest("The last message must be the user's question.", param="messages")
     question = normalise(messages[-1].content).strip()
     if not question:
-        raise InvalidRequest("The question is empty.", param=f"messages[{len(messages) - 1}].content")
+        raise InvalidRequest("The question is empty.", param=f"messages.{len(messages) - 1}.content")
     return question

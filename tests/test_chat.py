@@ -1,6 +1,7 @@
 """The pipeline over the real retriever; only the engine is scripted, since no real one fails on command."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.chat import NO_MATCH, REFUSAL, AnswerEnd, AnswerEvent, AnswerStart, AnswerText, ChatRequest, ChatService
+from app.chat import NO_MATCH, REFUSAL, AnswerEnd, AnswerStart, AnswerText, ChatRequest, ChatService
 from app.citations import find_citations
 from app.domain import Document, Grounding, Message, Passage, SamplingParams, Sentence
 from app.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, LLMUnavailable, UnknownFilter
@@ -134,7 +135,7 @@ async def test_flag_streams_at_once_and_names_what_is_not_supported(retriever: L
         assert isinstance(start, AnswerStart)
         assert first == AnswerText("It lasted 52")
         second_sentence.set()
-        *pieces, end = [event async for event in events]
+        end = [event async for event in events][-1]
     assert isinstance(end, AnswerEnd)
     assert (end.grounded, end.unsupported) == ("flagged", ("It began on Mars.",))
     assert [citation.n for citation in end.citations] == [1, 1]
@@ -215,13 +216,11 @@ async def test_quotes_complete_what_an_engine_began_that_then_died(retriever: Lo
 async def test_text_that_is_out_cannot_be_mended_so_the_error_comes_out(
     retriever: LocalRetriever, grounding: Grounding
 ) -> None:
-    events: list[AnswerEvent] = []
+    events = service(retriever, ScriptedLLM("The outage", LLMUnavailable("died")), grounding).answer(asking())
+    assert isinstance(await anext(events), AnswerStart)
+    assert await anext(events) == AnswerText("The outage")
     with pytest.raises(LLMUnavailable, match="died"):
-        async for event in service(retriever, ScriptedLLM("The outage", LLMUnavailable("died")), grounding).answer(
-            asking()
-        ):
-            events.append(event)
-    assert events[1:] == [AnswerText("The outage")]
+        await anext(events)
 
 
 @in_one_loop
@@ -424,7 +423,7 @@ def gated(pieces: list[str]) -> tuple[str, str, list[str]]:
 @given(st.sampled_from(TEXTS), st.lists(st.integers(0, 80), max_size=12))
 def test_the_gate_does_not_care_how_the_text_is_cut(text: str, cuts: list[int]) -> None:
     ends = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(ends)]
     assert gated(pieces) == gated([text])
 
 

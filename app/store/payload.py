@@ -22,8 +22,11 @@ SPARSE = "sparse"
 KEYWORD_FIELDS = ("kind", "document_id", "terms", "fields")
 """Payload fields with an index for exact match."""
 
-RANK_CONSTANT = 60
-"""The k of reciprocal rank fusion: how slowly a list's lower ranks lose weight."""
+# The k of reciprocal rank fusion. The engine divides a list's ranks by its weight, and from 4 on that works the wrong
+# way round: the top of the heavier list blurs and the lighter one decides. On SQuAD, where BM25 is the better list,
+# weights of 1 and 2 for it give nDCG@10 0.851 and 0.858 with a k of 2, but 0.841 and 0.831 with the usual 60.
+# Evenly weighted, the two find equally well: mean over Cranfield, SQuAD and MTRAG 0.722 and 0.721.
+RANK_CONSTANT = 2
 MAX_FIELDS = 10_000
 MAX_CHUNKS_PER_OPERATION = 128
 """A longer document is staged piece by piece, so that no single call holds up the others."""
