@@ -61,10 +61,11 @@ class Embedder:
         return len(self._tokenizer.encode(text))
 
     def _encode(self, texts: list[str]) -> Vectors:
-        vectors: Vectors = self._model.encode(
-            texts, batch_size=len(texts), normalize_embeddings=True, show_progress_bar=False
-        )
-        return vectors.astype(np.float32, copy=False)
+        encoded = self._model.encode(texts, batch_size=len(texts), show_progress_bar=False)
+        # Made unit length here, not by the model: in bfloat16 the lengths would be 0.1% off.
+        lengths = np.linalg.norm(encoded, axis=1, keepdims=True)
+        vectors: Vectors = (encoded / lengths).astype(np.float32, copy=False)
+        return vectors
 
 
 def _dtype(settings: EmbeddingSettings) -> str:

@@ -143,24 +143,24 @@ class LocalRetriever:
 
     async def _with_sentences(self, passages: Sequence[Passage], question: Vectors) -> list[Passage]:
         scored = []
-        for passage, (texts, vectors) in zip(passages, await self._sentences(passages), strict=True):
-            scores = (vectors @ question).tolist()
-            scored.append(replace(passage, sentences=tuple(map(Sentence, texts, scores))))
+        for passage in passages:
+            texts, vectors = await self._sentences(passage)
+            scored.append(replace(passage, sentences=tuple(map(Sentence, texts, (vectors @ question).tolist()))))
         return scored
 
-    async def _sentences(self, passages: Sequence[Passage]) -> list[tuple[list[str], Vectors]]:
-        """Split passages and encode what is new in one batch, since a batch costs little more than one text."""
-        known = {key: self._sentence_vectors[key] for key in map(_cache_key, passages) if key in self._sentence_vectors}
-        new = {_cache_key(passage): passage.text for passage in passages if _cache_key(passage) not in known}
-        split = await asyncio.to_thread(lambda: {key: sentences(text) for key, text in new.items()})
-        vectors = await self._embedder.embed([text for texts in split.values() for text in texts])
-        start = 0
-        for key, texts in split.items():
-            known[key] = self._sentence_vectors[key] = (texts, vectors[start : start + len(texts)])
-            start += len(texts)
-        while len(self._sentence_vectors) > MAX_CACHED_PASSAGES:
-            del self._sentence_vectors[next(iter(self._sentence_vectors))]
-        return [known[_cache_key(passage)] for passage in passages]
+    async def _sentences(self, passage: Passage) -> tuple[list[str], Vectors]:
+        """Split a passage and encode its sentences, in a batch of their own.
+
+        In bfloat16 a vector depends a little on its batch: so a passage scores the same whatever it is found with.
+        """
+        key = _cache_key(passage)
+        found = self._sentence_vectors.get(key)
+        if found is None:
+            texts = await asyncio.to_thread(sentences, passage.text)
+            found = self._sentence_vectors[key] = (texts, await self._embedder.embed(texts))
+            while len(self._sentence_vectors) > MAX_CACHED_PASSAGES:
+                del self._sentence_vectors[next(iter(self._sentence_vectors))]
+        return found
 
 
 def _cache_key(passage: Passage) -> str:

@@ -340,6 +340,12 @@ async def test_a_batch_keeps_the_order_of_its_texts(embedder: Embedder) -> None:
 
 
 @in_one_loop
+async def test_vectors_have_unit_length_in_half_precision_too() -> None:
+    vectors = await Embedder(EmbeddingSettings(dtype="bfloat16")).embed([OUTAGE.text, CACHE.text, QUESTION])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+@in_one_loop
 async def test_no_texts_have_no_vectors(embedder: Embedder) -> None:
     assert (await embedder.embed([])).shape == (0, embedder.dimension)
 

@@ -56,7 +56,7 @@ def documents_router(services: Services) -> APIRouter:
 
         Each is reported by itself: `created`, `updated`, `unchanged` or `failed` with the reason.
         """
-        content_type = request.headers.get("content-type", "")
+        content_type = request.headers.get("content-type", "").lower()
         if content_type.startswith("multipart/form-data"):
             loaded = await _from_form(request, max_file_bytes)
         elif content_type.startswith("application/json"):

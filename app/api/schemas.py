@@ -121,7 +121,7 @@ class ChatCompletionRequest(Wire):
         if isinstance(self.stop, list) and len(self.stop) > 4:
             raise UnsupportedParameter("At most 4 stop sequences are taken.", param="stop")
         for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED and value not in (None, False, [], {}):
+            if name in UNSUPPORTED and value not in (None, False, [], {}, "none"):
                 raise UnsupportedParameter(f"{UNSUPPORTED[name]} Leave {name!r} out.", param=name)
 
     def sampling(self, *, max_tokens: int, temperature: float) -> SamplingParams:

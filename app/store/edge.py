@@ -7,6 +7,7 @@ the folder is opened.
 """
 
 import asyncio
+import logging
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ from app.store.payload import (
 )
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # Up to here a search that reads every vector takes 3 ms, and building the graph would take longer than it saves.
 INDEXING_THRESHOLD_KB = 50_000
@@ -80,6 +82,7 @@ def open_edge_store(path: Path, *, dimension: int, manifest: Manifest) -> "EdgeS
             _require_space(path.parent, ConfigurationError)
             _create(path, dimension, manifest)
         else:
+            logger.info("tidying the collection", extra={"folder": str(path)})
             # Whether it succeeds does not matter here; what hinders it hinders the load below, which says so.
             subprocess.run([sys.executable, "-c", _TIDY, str(path)], check=False, capture_output=True)
             _require_space(path, ConfigurationError)
