@@ -28,7 +28,7 @@ help:
 install: $(STAMP)
 
 serve: $(STAMP)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cleave serve $(CONFIG)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/cleave serve $(CONFIG)
 
 test: $(STAMP)
 	@$(BIN)/python -m tests.browser_setup

@@ -13,7 +13,7 @@
 const EXAMPLES = [
   "How long did the Reading Room outage on 14 October 2025 last?",
   "What did capping max_num_seqs at 64 do to Hedgerow's p95 time to first token?",
-  "What chunk size and overlap does Teodor Vaskelin use?",
+  "In Noor Hallivant's account, how many of the unanswerable questions did the 4-bit candidate answer?",
 ];
 
 const MODEL = "cleave";
