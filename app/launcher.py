@@ -1,5 +1,6 @@
 """`cleave serve`: check what can be checked, run `serve run`, say how far it is, and stop all of it at Ctrl-C."""
 
+import ipaddress
 import os
 import re
 import shutil
@@ -54,6 +55,12 @@ def serve(config_path: Path) -> int:
     except ConfigurationError as error:
         console.print(f"[red]cleave:[/red] {error.message}", soft_wrap=True)
         return 2
+    if not ipaddress.ip_address(socket.gethostbyname(config.host)).is_loopback:
+        console.print(
+            f"[yellow]cleave:[/yellow] http_options.host: {config.host} is open to others. There are no keys yet: "
+            "whoever reaches the port can read, add and delete documents.",
+            soft_wrap=True,
+        )
     log = config.settings.data_dir / "logs" / "serve.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
