@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -472,7 +473,9 @@ def test_ctrl_c_ends_quietly(verb: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         command = [str(PROGRAM), verb, QUESTION, "--url", url]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
+        heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed) as process:
             connection, _ = server.accept()
             with connection:
                 connection.recv(1)

@@ -102,7 +102,7 @@ def test_a_service_in_trouble_is_told_with_its_reason(status: str, expected: str
 
 
 @pytest.mark.parametrize(
-    ("version", "status"), [((3, 10), "failed"), ((3, 11), "ok"), ((3, 14), "ok"), ((3, 15), "failed")]
+    ("version", "status"), [((3, 10), "failed"), ((3, 11), "ok"), ((3, 13), "ok"), ((3, 14), "failed")]
 )
 def test_python_must_be_one_that_all_parts_are_built_for(version: tuple[int, int], status: str) -> None:
     assert doctor.check_python(version).status == status
@@ -163,7 +163,8 @@ def test_a_damaged_model_folder_is_a_finding_and_no_crash(tmp_path: Path) -> Non
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         (tmp_path / name).write_text("{", encoding="utf-8")
     found = doctor.check_language_model(Settings(llm=LLMSettings(model=str(tmp_path))), "cpu")
-    assert (found.status, "cannot be read" in found.detail) == ("failed", True)
+    assert found.status == "failed"
+    assert str(tmp_path) in found.fix or str(tmp_path) in found.detail
 
 
 def test_a_prepared_model_is_ready_to_load(tmp_path: Path) -> None:
