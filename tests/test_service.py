@@ -168,6 +168,20 @@ def test_liveness_answers_while_the_engine_is_busy(service: RunningService) -> N
         thread.join()
 
 
+def test_while_the_engine_is_dead_answers_are_quotes_and_none_fails(service: RunningService) -> None:
+    engine = next(one for one in service.descendants() if "EngineCore" in " ".join(one.cmdline()))
+    engine.kill()
+    during = ask(service.url, QUESTION)
+    assert during["rag"]["degraded"] == ["llm_unavailable"]
+    assert during["rag"]["grounded"] == "quotes"
+    assert "52 minutes" in during["choices"][0]["message"]["content"]
+
+    def has_recovered() -> bool:
+        return not ask(service.url, QUESTION)["rag"]["degraded"]
+
+    wait_until(has_recovered, seconds=120)
+
+
 def essays(count: int) -> list[dict[str, Any]]:
     paragraph = "A gateway of the number {n} sends tokens to a client and waits for nobody else. " * 30
     return [{"id": f"essay-{n}", "title": f"Essay {n}", "text": paragraph.format(n=n)} for n in range(count)]
