@@ -26,6 +26,7 @@ class Gate:
         self._text = ""
         self._num_checked = 0
         self._has_output = False
+        self._has_quotes = False
         self.unsupported: list[str] = []
 
     @property
@@ -48,6 +49,7 @@ class Gate:
         missing = [evidence for evidence in self._quotes if evidence not in self._support]
         if self._support and not self.unsupported and self._quotes[0] in self._support:
             missing = []
+        self._has_quotes = bool(missing)
         return last + "".join(self._separated(quote(evidence)) for evidence in missing)
 
     @property
@@ -60,7 +62,7 @@ class Gate:
         """How the answer came about, once finished."""
         if not self._support:
             return "quotes"
-        return "model" if not self.unsupported and self._quotes[0] in self._support else "mixed"
+        return "mixed" if self._has_quotes else "model"
 
     def _check(self, complete: Sequence[str]) -> str:
         released = ""

@@ -81,6 +81,22 @@ def test_a_supported_sentence_is_released_with_its_marker() -> None:
     assert gated("The outage las", "ted 52 min", "utes.") == ("The outage lasted 52 minutes. [1]", "model")
 
 
+def test_a_supported_sentence_stands_beside_the_quote_of_better_evidence() -> None:
+    twofold = passage(
+        ("The outage of the gateway lasted 52 minutes.", 0.8), ("The outage of the gateway ended at 14:58.", 0.75)
+    )
+    gate = Gate(QUESTION, [twofold])
+    text = gate.feed("It ended at 14:58. ") + gate.finish()
+    assert text == "It ended at 14:58. [1] \u201cThe outage of the gateway lasted 52 minutes.\u201d [1]"
+    assert gate.grounded == "mixed"
+
+
+def test_a_dropped_sentence_that_nothing_replaces_leaves_the_models_words() -> None:
+    text, grounded = gated("The outage lasted 52 minutes. It was caused by herons.")
+    assert text == "The outage lasted 52 minutes. [1]"
+    assert grounded == "model"
+
+
 def test_a_wrong_marker_of_the_model_gives_way_to_the_right_one() -> None:
     assert gated("The outage lasted 52 minutes [7].")[0] == "The outage lasted 52 minutes. [1]"
 
