@@ -1,6 +1,10 @@
 """The whole service on real parts: Ray Serve, vLLM with the bundled model, the embedded store, real clients."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,12 +15,14 @@ import httpx
 import openai
 import psutil
 import pytest
+from reportlab.pdfgen import canvas
 
 from tests.running_service import ROOT, RunningService, running, start, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 QUESTION = "How long did the Reading Room outage on 14 October 2025 last?"
+BIN = Path(sys.executable).parent
 EVERYDAY_QUESTION = "Who won the 1998 football World Cup?"
 
 
@@ -166,6 +172,55 @@ def test_liveness_answers_while_the_engine_is_busy(service: RunningService) -> N
             assert client.get(f"{service.url}/livez").status_code == 200
     for thread in asking:
         thread.join()
+
+
+def readme_blocks(language: str) -> list[str]:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def reader_folder(tmp_path: Path) -> Path:
+    """The files that the README's commands name."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "plan.md").write_text("# Plan\n\nThe herons move in May.", encoding="utf-8")
+    (tmp_path / "corpus.jsonl").write_text('{"id": "c1", "title": "C", "text": "Storks stay."}\n', encoding="utf-8")
+    pdf = canvas.Canvas(str(tmp_path / "report.pdf"))
+    pdf.drawString(100, 700, "The annual report counts nine storks.")
+    pdf.save()
+    return tmp_path
+
+
+def run_as_reader(command: list[str], service: RunningService, folder: Path) -> str:
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "CLEAVE_URL": service.url}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("block", [block for block in readme_blocks("sh") if "make " not in block])
+def test_the_commands_of_the_readme_work(service: RunningService, reader_folder: Path, block: str) -> None:
+    script = block.replace("http://127.0.0.1:8000", service.url).replace("curl ", "curl -sS --fail-with-body ")
+    output = run_as_reader(["bash", "-euc", script], service, reader_folder)
+    assert '"failed"' not in output
+
+
+def test_the_python_of_the_readme_works(service: RunningService, reader_folder: Path) -> None:
+    (block,) = readme_blocks("python")
+    script = block.replace("http://127.0.0.1:8000", service.url)
+    output = run_as_reader([sys.executable, "-c", script], service, reader_folder)
+    assert "900 tokens" in output
+    assert "Chunk by heading" in output
+
+
+def test_the_answers_in_the_readme_are_what_the_service_says(service: RunningService, reader_folder: Path) -> None:
+    (session,) = readme_blocks("console")
+    shown = re.findall(r"^\$ (cleave ask .+)\n(.+)$", session, re.MULTILINE)
+    assert len(shown) == 2
+    for command, answer in shown:
+        assert run_as_reader(["bash", "-euc", command], service, reader_folder).splitlines()[0] == answer
 
 
 def test_while_the_engine_is_dead_answers_are_quotes_and_none_fails(service: RunningService) -> None:
