@@ -141,9 +141,9 @@ class ChatService:
         return found.passages
 
     def _holds_an_answer(self, question: str, passages: tuple[Passage, ...]) -> bool:
-        evidence = rank_evidence(question, passages)
         if self._grounding == "off":
             return bool(passages)
+        evidence = rank_evidence(question, passages)
         return bool(evidence) and evidence[0].score >= self._settings.min_evidence
 
     def _generation(self, request: ChatRequest, passages: tuple[Passage, ...]) -> GenerationRequest:

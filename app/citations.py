@@ -1,7 +1,6 @@
 """Citations: the `[n]` markers of an answer, checked against the sources that the model was shown."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 MARKER = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
@@ -53,15 +52,13 @@ class MarkerFilter:
 
 def find_citations(text: str) -> list[Citation]:
     """List the markers of a checked text in order."""
-    return list(_citations(text))
+    return [
+        Citation(int(number), match.start(), match.end())
+        for match in MARKER.finditer(text)
+        for number in match[1].split(",")
+    ]
 
 
 def without_markers(text: str) -> str:
     """Strip all markers and the space before them."""
     return re.sub(rf"\s*{MARKER.pattern}", "", text)
-
-
-def _citations(text: str) -> Iterator[Citation]:
-    for match in MARKER.finditer(text):
-        for number in match[1].split(","):
-            yield Citation(int(number), match.start(), match.end())

@@ -27,7 +27,7 @@ from app.errors import (
     Unavailable,
     UnreadableFile,
 )
-from app.loaders import JSONL, SUFFIXES, iterate_jsonl
+from app.loaders import JSONL, SUFFIXES, iterate_jsonl, walk
 
 Record: TypeAlias = dict[str, Any]
 """An object as the service sends it."""
@@ -295,11 +295,7 @@ def find_files(paths: Iterable[Path]) -> FoundFiles:
         if not path.is_dir():
             _add_named(found, path)
             continue
-        folder = path.resolve()
-        for file in sorted(folder.rglob("*")):
-            relative = file.relative_to(folder.parent)
-            if not file.is_file() or any(part.startswith(".") for part in relative.parts[1:]):
-                continue
+        for relative, file in walk(path):
             if file.suffix.lower() in SUFFIXES:
                 found.add(relative.as_posix(), file)
             else:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cache
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -73,6 +73,15 @@ def load_file(
             raise _ReadError(f"holds no text{NO_TEXT_HINTS.get(suffix, ': there is nothing in it to search')}")
     fallback_title = page.fallback_title or PurePath(name).stem
     return [_document(document_id or _clean(name), page, text, fallback_title, metadata)]
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Find the files below a folder, in order, with their path from the folder's name downwards; hidden ones not."""
+    folder = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder.parent)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts[1:]):
+            yield relative, path
 
 
 def iterate_jsonl(

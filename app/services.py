@@ -12,7 +12,7 @@ from app.embedding import Embedder
 from app.errors import ConfigurationError
 from app.ingestion import Ingestor, manifest
 from app.llm import LLM
-from app.loaders import SUFFIXES, load_file
+from app.loaders import SUFFIXES, load_file, walk
 from app.models import check_chat_model
 from app.retrieval import LocalRetriever, Retriever
 from app.settings import Device, LLMSettings, Settings
@@ -129,15 +129,12 @@ def _load_seed(seed: Path, max_bytes: int) -> list[Document]:
             f"seed: there is no {str(seed)!r} here. Name an existing file or folder, or leave it out."
         )
     documents: list[Document] = []
-    files = sorted(path for path in seed.rglob("*") if _is_readable(path)) if seed.is_dir() else [seed]
-    for path in files:
-        name = path.relative_to(seed.parent).as_posix()
-        for one in load_file(name, path.read_bytes(), max_bytes=max_bytes):
+    files = [(Path(seed.name), seed)]
+    if seed.is_dir():
+        files = [(relative, path) for relative, path in walk(seed) if path.suffix.lower() in SUFFIXES]
+    for relative, path in files:
+        for one in load_file(relative.as_posix(), path.read_bytes(), max_bytes=max_bytes):
             if not isinstance(one, Document):
                 raise ConfigurationError(f"seed: {one.message}")
             documents.append(one)
     return documents
-
-
-def _is_readable(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Query, Request
@@ -11,7 +11,7 @@ from starlette.datastructures import UploadFile
 
 from app.api.schemas import DocumentBody, DocumentsBody, SearchRequest
 from app.api.sse import source
-from app.domain import Document, IngestReceipt, Metadata, Scalar, SearchQuery, StoredDocument
+from app.domain import Document, IngestReceipt, Scalar, SearchQuery, StoredDocument
 from app.errors import InvalidRequest, TooLarge, UnreadableFile
 from app.loaders import load_file, normalise
 from app.services import Services
@@ -148,12 +148,8 @@ def _from_body(body: DocumentBody) -> Document | UnreadableFile:
     document = Document(body.id or "", normalise(body.title).strip(), text, body.url, body.metadata)
     if body.id is None:
         # The same text sent twice is the same document.
-        document = Document(f"doc-{document.content_hash[:16]}", *_rest(document))
+        return replace(document, id=f"doc-{document.content_hash[:16]}")
     return document
-
-
-def _rest(document: Document) -> tuple[str, str, str, Metadata]:
-    return document.title, document.text, document.url, document.metadata
 
 
 def _parse_metadata(value: object) -> dict[str, Scalar]:
