@@ -182,7 +182,10 @@ def _wait_until_ready(service: _Service, config: Config, console: Console) -> bo
 def _progress(config: Config, readiness: dict[str, Any]) -> list[str]:
     """Say what has been reached."""
     reached = [f"starting Ray Serve with {config.path} (topology {config.topology}) ..."]
-    if not all(is_prepared(config.settings.llm.model_on(device), config.settings.data_dir) for device in DEVICES):
+    llm = config.settings.llm
+    devices = DEVICES if llm.device == "auto" else (llm.device,)
+    prepared = all(is_prepared(llm.model_on(device), config.settings.data_dir) for device in devices)
+    if llm.engine == "vllm" and not prepared:
         reached.append("preparing the bundled model, once on this machine (about half a minute) ...")
     if readiness:
         reached.append("API is up")
