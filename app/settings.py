@@ -65,9 +65,14 @@ class ModelByDevice(Branch):
 
 
 class LLMSettings(Branch):
-    """The language model and its engine. Models are a bundled name, hub-id[@revision], or a folder."""
+    """The language model and its engine. Models are a bundled name, hub-id[@revision], or a folder.
 
-    engine: Literal["vllm", "extractive"] = "vllm"
+    With `engine: openai` the model runs in another server, and `model` is its name there.
+    """
+
+    engine: Literal["vllm", "openai", "extractive"] = "vllm"
+    url: str | None = Field(None, description="of an OpenAI-compatible server, up to and including /v1")
+    api_key: str | None = Field(None, repr=False, description="better: the environment variable LLM_API_KEY")
     device: Literal["auto", "gpu", "cpu"] = "auto"
     model: str | ModelByDevice = ModelByDevice(gpu="Qwen/Qwen3-4B-Instruct-2507", cpu="SmolLM2-135M-Instruct")
     max_model_len: int | None = Field(None, ge=256, description="context window in tokens; default: the model's own")
@@ -77,6 +82,12 @@ class LLMSettings(Branch):
     num_threads: int = Field(2, ge=1, description="CPU threads of the engine on the CPU")
     chat_template: Path | None = Field(None, description="a Jinja file, for a model without its own template")
     engine_options: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's AsyncEngineArgs")
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> "LLMSettings":
+        if self.engine == "openai" and not (self.url and isinstance(self.model, str)):
+            raise ValueError("engine: openai needs `url`, such as http://127.0.0.1:8001/v1, and `model`, its name there")
+        return self
 
     def model_on(self, device: Device) -> str:
         """Pick the model for a device; a plain name serves both."""
@@ -93,6 +104,8 @@ class AnswerSettings(Branch):
     temperature: float = Field(0.0, ge=0, le=2)
     timeout_s: float = Field(60.0, gt=0, description="deadline of a request that names none")
     first_token_timeout_s: float = Field(20.0, gt=0, description="after this the answer is quoted instead")
+    when_cold: Literal["quote", "error"] = Field("quote", description="while the LLM tier starts from zero replicas")
+    cold_start_s: float = Field(60.0, gt=0, description="expected length of such a start, until one was measured")
 
 
 class APISettings(Branch):
