@@ -122,7 +122,13 @@ class ChatService:
             return
         engines = (self._llm, self._fallback)
         generation = self._generation(request, passages)
-        async with run.first_delta(engines, generation, self._settings.first_token_timeout_s) as deltas:
+        first_delta = run.first_delta(
+            engines,
+            generation,
+            self._settings.first_token_timeout_s,
+            is_llm_required=self._settings.without_llm == "error",
+        )
+        async with first_delta as deltas:
             yield AnswerStart(passages, run.query, tuple(run.degraded))
             text = ""
             async with aclosing(self._checked(run, deltas, passages[: self._settings.num_passages])) as pieces:
@@ -251,7 +257,7 @@ class _Run:
 
     @asynccontextmanager
     async def first_delta(
-        self, engines: tuple[LLM, LLM], generation: GenerationRequest, patience_s: float
+        self, engines: tuple[LLM, LLM], generation: GenerationRequest, patience_s: float, *, is_llm_required: bool
     ) -> AsyncGenerator[AsyncGenerator[Delta, None], None]:
         """Wait for the first engine's first token, or the second's when the first is down or too slow."""
         engine, fallback = engines
@@ -263,7 +269,7 @@ class _Run:
             try:
                 self.first = await self._next(stream, min(patience_end_s, self._generation_end_s))
             except (Unavailable, DeadlineExceeded) as error:
-                if not generation.passages:
+                if not generation.passages or (is_llm_required and isinstance(error, LLMUnavailable)):
                     raise
                 self.degrade("llm_timeout" if isinstance(error, DeadlineExceeded) else error.code)
                 await stream.aclose()
@@ -282,7 +288,7 @@ class _Run:
             citations=tuple(citations),
             grounded=grounded,
             finish_reason=self.finish_reason,
-            prompt_tokens=self.first.prompt_tokens,
+            prompt_tokens=self._last.prompt_tokens or self.first.prompt_tokens,
             completion_tokens=self._last.completion_tokens,
             num_presented=self.first.num_presented,
             num_removed_markers=self.num_removed_markers,

@@ -137,17 +137,34 @@ def serve(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The Ser
 @main.command(epilog="Example: cleave doctor --config serve_config.yaml")
 def doctor(
     config: Annotated[Path, typer.Option("--config", help="The Serve config to check.")] = DEFAULT_CONFIG,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="NAME|SIZE", help="Does the model fit this GPU? Default: the one found here."),
+    ] = None,
+    model_config: Annotated[
+        Path | None,
+        typer.Option("--model-config", metavar="FILE", help="The model's config.json, if the hub is out of reach."),
+    ] = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Check installation, config, machine and running service, and say what to fix."""
+    """Check installation, config, machine and running service, and say what to fix.
+
+    `--gpu` takes a name (L4, A100-80GB) or a size (24GiB), and asks whether the model of the config fits it.
+    """
     from dataclasses import asdict
 
     from app.doctor import examine
+    from app.sizing import parse_gpu
 
+    asked = parse_gpu(gpu) if gpu else None
     with _console(stderr=True).status("Checking ..."):
-        findings = list(examine(config, lambda url: _call(url, lambda client: client.readiness())))
+        checks = examine(
+            config, lambda url: _call(url, lambda client: client.readiness()), gpu=asked, model_config=model_config
+        )
+        findings = list(checks)
     if as_json:
-        _print_json([asdict(finding) for finding in findings])
+        shown = (asdict(finding) for finding in findings)
+        _print_json([{key: value for key, value in one.items() if key != "numbers" or value} for one in shown])
     else:
         table = _table("", "check", "finding")
         for finding in findings:

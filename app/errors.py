@@ -13,6 +13,7 @@ CleaveError
  |   +- DocumentNotFound      404
  +- Unavailable               503  try again; `retry_after_s` says when
  |   +- LLMUnavailable        503
+ |   |   +- LLMCold           503
  |   +- RetrieverUnavailable  503
  |   +- Overloaded            429
  +- DeadlineExceeded          504
@@ -115,6 +116,12 @@ class LLMUnavailable(Unavailable):
     """The language model does not answer."""
 
     code = "llm_unavailable"
+
+
+class LLMCold(LLMUnavailable):
+    """The LLM tier is scaled to zero; the request wakes it."""
+
+    code = "llm_cold"
 
 
 class RetrieverUnavailable(Unavailable):

@@ -18,6 +18,7 @@ import httpx
 from rich.console import Console
 
 from app.config import Config, load_config
+from app.dashboard import waiting_in_cluster
 from app.errors import ConfigurationError
 from app.models import is_prepared
 from app.settings import Device
@@ -26,6 +27,9 @@ MIN_FREE_BYTES = 2**30
 POLL_S = 0.5
 DEVICES: tuple[Device, ...] = ("cpu", "gpu")
 STOP_TIMEOUT_S = 60
+PLACEMENT_PATIENCE_S = 20.0
+PLACEMENT_POLL_S = 5.0
+NO_DASHBOARD = "not running"
 QUIET_ENVIRONMENT = {
     # Nothing is reported to anybody.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -118,6 +122,8 @@ class _Service:
 
     def __init__(self, config: Config, log: Path) -> None:
         self._log = log
+        self._asked_at = 0.0
+        self._waiting: list[str] = []
         program = Path(sys.executable).with_name("serve")
         with log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -142,7 +148,14 @@ class _Service:
     def dashboard(self) -> str:
         """Find the address that Ray printed for its dashboard."""
         match = DASHBOARD.search(self._read_log())
-        return match["address"] if match else "not running"
+        return match["address"] if match else NO_DASHBOARD
+
+    def waiting(self) -> list[str]:
+        """Ask the dashboard, now and then, which deployments wait for a node."""
+        if time.monotonic() - self._asked_at > PLACEMENT_POLL_S and self.dashboard() != NO_DASHBOARD:
+            self._asked_at = time.monotonic()
+            self._waiting = waiting_in_cluster(self.dashboard()) or []
+        return self._waiting
 
     def _read_log(self) -> str:
         return COLOUR.sub("", self._log.read_text(encoding="utf-8", errors="replace"))
@@ -170,11 +183,14 @@ def _wait_until_ready(service: _Service, config: Config, console: Console) -> bo
             console.print(f"[red]cleave:[/red] {message}", soft_wrap=True)
             return False
         readiness = _readiness(config)
-        for text in _progress(config, readiness):
+        elapsed_s = time.monotonic() - started
+        waiting = service.waiting() if elapsed_s > PLACEMENT_PATIENCE_S else []
+        for text in [*_progress(config, readiness), *(f"waiting: {why}" for why in waiting)]:
             if text not in said:
                 said.add(text)
-                console.print(f"[dim]{time.monotonic() - started:5.0f} s[/dim]  {text}", soft_wrap=True)
-        if readiness.get("status") == "ready":
+                console.print(f"[dim]{elapsed_s:5.0f} s[/dim]  {text}", soft_wrap=True)
+        # A tier that is scaled to zero starts with the first request.
+        if readiness.get("status") == "ready" or readiness.get("parts", {}).get("llm", {}).get("status") == "cold":
             return True
         time.sleep(POLL_S)
 
@@ -195,6 +211,8 @@ def _progress(config: Config, readiness: dict[str, Any]) -> list[str]:
         reached.append(f"retriever is ready: {held['num_documents']} documents, {held['num_chunks']} chunks")
     if parts.get("llm", {}).get("status") == "ok":
         reached.append(f"language model is ready: {parts['llm']['id']}")
+    if parts.get("llm", {}).get("status") == "cold":
+        reached.append("language model is scaled to zero: the first question starts it, and is answered in quotes")
     return reached
 
 

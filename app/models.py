@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from app.errors import ConfigurationError
 
@@ -66,6 +67,57 @@ def resolve_chat_model(reference: str, *, data_dir: Path, chat_template: Path | 
 def is_prepared(reference: str, data_dir: Path) -> bool:
     """Tell whether `resolve_chat_model` will return at once."""
     return reference not in BUNDLED_CHAT_MODELS or (data_dir / "models" / reference / "config.json").is_file()
+
+
+def read_model_config(reference: str, *, data_dir: Path) -> dict[str, Any] | None:
+    """Read the config.json of `llm.model` without its weights; None for a bundled model that is not prepared yet.
+
+    Raises:
+        ConfigurationError: there is none, or the hub cannot be asked; in one line.
+    """
+    folder = data_dir / "models" / reference if reference in BUNDLED_CHAT_MODELS else _folder(reference)
+    if folder is not None:
+        return read_config_file(folder / "config.json") if is_prepared(reference, data_dir) else None
+    match = HUB_ID.fullmatch(reference)
+    if match is None:
+        raise ConfigurationError(f"llm.model: {reference!r} is neither a folder nor a hub id.")
+    return _hub_config(match["id"], match["revision"])
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a config.json. Raises `ConfigurationError`."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}).") from None
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{path} holds no JSON object.")
+    return config
+
+
+def _hub_config(hub_id: str, revision: str | None) -> dict[str, Any]:
+    """Take the config.json from the local cache, else from the hub, and leave no trace in the cache."""
+    from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
+
+    try:
+        cached = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+        if isinstance(cached, str):
+            return read_config_file(Path(cached))
+        url = hf_hub_url(hub_id, "config.json", revision=revision)
+        response = get_session().get(url, headers=build_hf_headers(), timeout=HUB_TIMEOUT_S, follow_redirects=True)
+        config = response.raise_for_status().json()
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        # As in _check_hub: whatever the network stack raised, the reader's remedy is one.
+        raise ConfigurationError(
+            f"the config.json of {hub_id!r} is not in the local cache and the model hub does not give it "
+            f"({type(error).__name__})."
+        ) from None
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"the config.json of {hub_id!r} holds no JSON object.")
+    return config
 
 
 def _resolve(reference: str, *, setting: str, bundled: dict[str, tuple[str, str]]) -> ModelReference:

@@ -1,7 +1,6 @@
 """The prompt: what the model is told, and how it is packed into the context window."""
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from app.domain import GenerationRequest, Message, Passage
@@ -21,6 +20,17 @@ Render = Callable[[Sequence[Message]], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
+class Fit:
+    """The chat that fits: `num_tokens + max_tokens` is at most the context window."""
+
+    messages: list[Message]
+    num_tokens: int
+    max_tokens: int
+    num_presented: int
+    num_dropped_messages: int
+
+
+@dataclass(frozen=True, slots=True)
 class PackedPrompt:
     """A prompt that fits: `len(token_ids) + max_tokens` is at most the context window."""
 
@@ -31,37 +41,52 @@ class PackedPrompt:
 
 
 def pack(request: GenerationRequest, render: Render, context_window: int) -> PackedPrompt:
+    """Fit a request into the window by the tokenizer that is here; see `fitting`."""
+    steps = fitting(request, context_window)
+    messages = next(steps)
+    while True:
+        token_ids = render(messages)
+        try:
+            messages = steps.send(len(token_ids))
+        except StopIteration as end:
+            fit: Fit = end.value
+            return PackedPrompt(token_ids, fit.max_tokens, fit.num_presented, fit.num_dropped_messages)
+
+
+def fitting(request: GenerationRequest, context_window: int) -> Generator[list[Message], int, Fit]:
     """Fit a request into the window, giving up the oldest turns first and then the last passages.
 
+    Yields chats and is sent the number of tokens of each, wherever that is counted; the last one is the one that fits.
     Room for the completion is kept: what the request asks for, but at most half of the window.
 
     Raises:
         ContextTooLong: the last message does not fit even alone.
     """
-    limit = context_window - min(request.sampling.max_tokens, context_window // 2)
+    wanted = request.sampling.max_tokens
+    limit = context_window - min(wanted, context_window // 2)
     num_earlier = sum(message.role != "system" for message in request.messages) - 1
-    # Each further concession makes the prompt shorter, so the first one that fits is found by bisection.
     concessions = [(dropped, len(request.passages)) for dropped in range(num_earlier + 1)]
     concessions += [(num_earlier, kept) for kept in reversed(range(len(request.passages)))]
 
-    def rendered(concession: tuple[int, int]) -> list[int]:
-        dropped, kept = concession
-        return render(compose(request, num_kept=kept, num_dropped=dropped))
-
-    token_ids = rendered(concessions[0])
-    chosen = 0
-    if len(token_ids) > limit:
-        chosen = bisect_left(concessions, True, lo=1, key=lambda concession: len(rendered(concession)) <= limit)
-        if chosen == len(concessions):
-            num_tokens = len(rendered(concessions[-1]))
+    # Each further concession makes the prompt shorter, so the first one that fits is found by bisection.
+    asked, first, end = 0, 0, len(concessions)
+    while True:
+        dropped, kept = concessions[asked]
+        messages = compose(request, num_kept=kept, num_dropped=dropped)
+        num_tokens = yield messages
+        if num_tokens <= limit:
+            end = asked
+        elif asked == len(concessions) - 1:
             raise ContextTooLong(
                 f"The last message needs {num_tokens} tokens of prompt, but the model's context window of "
                 f"{context_window} leaves {limit} for it. Shorten it or ask for a smaller max_tokens.",
                 param="messages",
             )
-        token_ids = rendered(concessions[chosen])
-    dropped, kept = concessions[chosen]
-    return PackedPrompt(token_ids, min(request.sampling.max_tokens, context_window - len(token_ids)), kept, dropped)
+        else:
+            first = asked + 1
+        if first == end == asked:
+            return Fit(messages, num_tokens, min(wanted, context_window - num_tokens), kept, dropped)
+        asked = min((first + end) // 2, len(concessions) - 1)
 
 
 def compose(request: GenerationRequest, *, num_kept: int, num_dropped: int = 0) -> list[Message]:

@@ -12,6 +12,7 @@ from app.embedding import Embedder
 from app.errors import ConfigurationError
 from app.ingestion import Ingestor, manifest
 from app.llm import LLM
+from app.llm.openai_http import OpenAIEngine, check_url
 from app.loaders import SUFFIXES, load_file, walk
 from app.models import check_chat_model
 from app.retrieval import LocalRetriever, Retriever
@@ -36,12 +37,12 @@ class Services:
 
 
 async def build_services(
-    settings: Settings, *, device: Device, retriever: Retriever | None = None, llm: LLM | None = None
+    settings: Settings, *, device: Device = "cpu", retriever: Retriever | None = None, llm: LLM | None = None
 ) -> Services:
-    """Build what is not handed in, and wire it."""
+    """Build what is not handed in, and wire it. `device` is where an LLM that is built here runs."""
     retriever = retriever or await build_retriever(settings)
     llm = llm or await build_llm(settings, device)
-    chat = ChatService(retriever, llm, grounding=_grounding(settings, device), settings=settings.answer)
+    chat = ChatService(retriever, llm, grounding=decide_grounding(settings, device), settings=settings.answer)
     return Services(settings, retriever, llm, chat)
 
 
@@ -57,27 +58,51 @@ async def build_retriever(settings: Settings) -> LocalRetriever:
 
 
 async def build_llm(settings: Settings, device: Device) -> LLM:
-    """Start the engine that the settings name."""
+    """Start the engine that the settings name. One behind HTTP need not be up yet."""
     if settings.llm.engine == "extractive":
         from app.llm.extractive import ExtractiveEngine
 
         return ExtractiveEngine()
+    if settings.llm.engine == "openai":
+        return _reach_llm(settings.llm)
     from app.llm.vllm_engine import VLLMEngine
 
     return await VLLMEngine.start(settings.llm, device=device, data_dir=settings.data_dir)
 
 
+async def ask_for_models(settings: Settings) -> dict[str, int | None]:
+    """Ask the server of `llm.engine: openai` which models it has, and how long their context windows are.
+
+    Raises:
+        ConfigurationError: its address or its key cannot be one.
+        LLMUnavailable: it does not answer, or is no such server.
+    """
+    engine = _reach_llm(settings.llm)
+    try:
+        return await engine.models()
+    finally:
+        await engine.close()
+
+
+def _reach_llm(settings: LLMSettings) -> OpenAIEngine:
+    return OpenAIEngine(settings, api_key=settings.api_key or os.environ.get("LLM_API_KEY"))
+
+
 def check_models(settings: LLMSettings, device: Device) -> None:
-    """Refuse a model that cannot be loaded, in seconds and without loading it. Raises `ConfigurationError`."""
+    """Refuse a model that cannot be loaded or asked, in seconds, without either. Raises `ConfigurationError`."""
     if settings.engine == "vllm":
         check_chat_model(settings.model_on(device), chat_template=settings.chat_template)
+    if settings.engine == "openai":
+        check_url(settings.url or "")
 
 
-def _grounding(settings: Settings, device: Device) -> Grounding:
+def decide_grounding(settings: Settings, device: Device) -> Grounding:
+    """Tell what `auto` means: a model that fits a CPU needs the gate, a larger one is checked afterwards."""
     chosen = settings.answer.grounding
     if chosen != "auto":
         return chosen
-    return "gate" if device == "cpu" else "flag"
+    is_large = device == "gpu" or settings.llm.engine == "openai"
+    return "flag" if is_large else "gate"
 
 
 async def _open_store(settings: Settings, dimension: int, stamp: Manifest) -> Store:

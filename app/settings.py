@@ -86,7 +86,9 @@ class LLMSettings(Branch):
     @model_validator(mode="after")
     def _check_engine(self) -> "LLMSettings":
         if self.engine == "openai" and not (self.url and isinstance(self.model, str)):
-            raise ValueError("engine: openai needs `url`, such as http://127.0.0.1:8001/v1, and `model`, its name there")
+            raise ValueError(
+                "engine: openai needs `url`, such as http://127.0.0.1:8001/v1, and `model`, its name there"
+            )
         return self
 
     def model_on(self, device: Device) -> str:
@@ -104,8 +106,8 @@ class AnswerSettings(Branch):
     temperature: float = Field(0.0, ge=0, le=2)
     timeout_s: float = Field(60.0, gt=0, description="deadline of a request that names none")
     first_token_timeout_s: float = Field(20.0, gt=0, description="after this the answer is quoted instead")
-    when_cold: Literal["quote", "error"] = Field("quote", description="while the LLM tier starts from zero replicas")
-    cold_start_s: float = Field(60.0, gt=0, description="expected length of such a start, until one was measured")
+    without_llm: Literal["quote", "error"] = Field("quote", description="while no replica of the LLM runs")
+    llm_start_s: float = Field(60.0, gt=0, description="expected length of its start, until one was measured")
 
 
 class APISettings(Branch):
@@ -135,6 +137,10 @@ class Settings(Branch):
     answer: AnswerSettings = AnswerSettings()
     api: APISettings = APISettings()
     logging: LoggingSettings = LoggingSettings()
+
+    def only(self, *branches: str) -> "Settings":
+        """Keep these branches; the others get their defaults. A part built from it depends on nothing else."""
+        return Settings().model_copy(update={branch: getattr(self, branch) for branch in branches})
 
     @model_validator(mode="after")
     def _check_together(self) -> "Settings":

@@ -1,51 +1,68 @@
 """The topologies, one builder each: the import paths that a Serve config names."""
 
-from typing import Any
-
-import ray
 from ray.serve import Application
 
-from app.services import check_models
+from app.services import check_models, decide_grounding
 from app.settings import Device, Settings
 from deployments.ingress import Ingress
 from deployments.llm import LLM
+from deployments.placement import business_options, cluster_has_gpu, llm_options
 from deployments.retriever import Retriever
+from deployments.versions import versioned
+
+# The branches of the settings that a deployment reads, and whose change restarts it.
+BUSINESS = ("answer", "api", "retrieval", "logging")
+KNOWLEDGE = ("data_dir", "seed", "embedding", "chunking", "store", "retrieval", "api", "logging")
+MODEL = ("data_dir", "llm", "logging")
 
 
 def monolith(settings: Settings) -> Application:
     """All in one process: a laptop, one GPU box, debugging."""
     device = _device(settings)
-    return Ingress.options(ray_actor_options=_actor(device, num_cpus=0.8)).bind(settings, device)
+    ingress = Ingress.options(ray_actor_options=llm_options(device, num_cpus=0.8))
+    return versioned(ingress, settings, device).bind(settings, device)
 
 
 def two_tier(settings: Settings) -> Application:
     """Business logic with retrieval on CPUs, the LLM apart."""
     device = _device(settings)
-    ingress = Ingress.options(ray_actor_options={"num_cpus": 0.5})
-    return ingress.bind(settings, device, llm=_llm(settings, device))
+    own = _decided(settings, device).only(*BUSINESS, *KNOWLEDGE)
+    ingress = Ingress.options(ray_actor_options=business_options(device, num_cpus=0.5))
+    return versioned(ingress, own, "LLM").bind(own, llm=_llm(settings, device))
 
 
 def three_tier(settings: Settings) -> Application:
     """API, retrieval and LLM each apart, each scaled by itself."""
     device = _device(settings)
-    return Ingress.bind(settings, device, retriever=Retriever.bind(settings), llm=_llm(settings, device))
+    own, knowledge = _decided(settings, device).only(*BUSINESS), settings.only(*KNOWLEDGE)
+    # It holds nothing that two could not hold: the new replicas start before the old ones end.
+    ingress = Ingress.options(ray_actor_options=business_options(device, num_cpus=0.2), max_surge_percent=100)
+    retriever = Retriever.options(ray_actor_options=business_options(device, num_cpus=0.4))
+    return versioned(ingress, own, "Retriever", "LLM").bind(
+        own, retriever=versioned(retriever, knowledge).bind(knowledge), llm=_llm(settings, device)
+    )
 
 
 def _llm(settings: Settings, device: Device) -> Application:
-    return LLM.options(ray_actor_options=_actor(device, num_cpus=0.4)).bind(settings, device)
+    model = settings.only(*MODEL)
+    llm = LLM.options(ray_actor_options=llm_options(device, num_cpus=0.4))
+    return versioned(llm, model, device).bind(model, device)
 
 
-def _actor(device: Device, *, num_cpus: float) -> dict[str, Any]:
-    return {"num_cpus": num_cpus, "num_gpus": 1 if device == "gpu" else 0}
+def _decided(settings: Settings, device: Device) -> Settings:
+    """Decide what follows from the LLM's device, so that an Ingress without the LLM need not know it."""
+    grounding = decide_grounding(settings, device)
+    return settings.model_copy(update={"answer": settings.answer.model_copy(update={"grounding": grounding})})
 
 
 def _device(settings: Settings) -> Device:
     """Choose the device, and refuse here, before anything starts, a model that it could not load."""
     device: Device
-    if settings.llm.device == "auto":
-        has_gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
-        device = "gpu" if has_gpu else "cpu"
-    else:
+    if settings.llm.device != "auto":
         device = settings.llm.device
+    elif settings.llm.engine != "vllm":
+        device = "cpu"  # The other engines compute elsewhere, or next to nothing.
+    else:
+        device = "gpu" if cluster_has_gpu() else "cpu"
     check_models(settings.llm, device)
     return device

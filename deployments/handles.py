@@ -1,7 +1,10 @@
 """The retriever and the LLM when they live in another deployment: the same interfaces, over a `DeploymentHandle`."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+import contextvars
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,10 +23,14 @@ from app.domain import (
     SearchResult,
     StoredDocument,
 )
-from app.errors import CleaveError, LLMUnavailable, Overloaded, RetrieverUnavailable, Unavailable
+from app.errors import CleaveError, LLMCold, LLMUnavailable, Overloaded, RetrieverUnavailable, Unavailable
+from app.telemetry import logger
+from deployments.tier import MAX_AGE_S, Tier
 
 PROBE_TIMEOUT_S = 1.0
 """A healthy engine answers in milliseconds, also while it generates."""
+MIN_RETRY_AFTER_S = 5.0
+"""What is said when a start takes longer than expected."""
 
 
 class RetrieverHandle:
@@ -66,27 +73,38 @@ class RetrieverHandle:
 
 
 class LLMHandle:
-    """An `app.llm.LLM` in another deployment.
+    """An `app.llm.LLM` in another deployment, which may have no replica at the moment.
 
-    A call to a deployment without replicas would wait for one to come. So a start, or a failure, is remembered, and
-    until a probe succeeds calls fail at once: the caller can degrade instead of waiting.
+    A call to a deployment without replicas would wait for one to come. So the handle looks first, and fails at once
+    when there is none: the caller can degrade instead of waiting. Such a request wakes a tier that is scaled to zero.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], *, expected_start_s: float) -> None:
         self._info = handle.info
         self._generate = handle.options(stream=True).generate
+        self._tier = Tier(handle.app_name, handle.deployment_name)
+        self._expected_start_s = expected_start_s
+        self._down_since: float | None = None
+        self._waits_because = ""
+        self._waking: asyncio.Task[None] | None = None
         self._is_suspect = True
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """See `LLM.generate`."""
+        try:
+            await self._check_is_up()
+        except LLMCold:
+            self._wake()
+            raise
         if self._is_suspect:
-            await self.info()
+            await self._probe()
         has_answered = False
-        with _translated_errors(_llm_unavailable()):
+        with _translated_errors(_restarting()):
             stream = self._generate.remote(request)
             try:
+                yield await self._first(stream)
+                has_answered = True
                 async for delta in stream:
-                    has_answered = True
                     yield delta
             finally:
                 # Whoever gave up before the first token leaves the suspicion behind.
@@ -95,24 +113,82 @@ class LLMHandle:
                 stream.cancel()
 
     async def info(self) -> ModelInfo:
-        """See `LLM.info`."""
-        with _translated_errors(_llm_unavailable()):
+        """See `LLM.info`. It wakes nothing: a monitor that asks every few seconds must not keep a GPU busy."""
+        await self._check_is_up()
+        return await self._probe()
+
+    async def close(self) -> None:
+        """Nothing is held here but a wait: the deployment closes itself."""
+        if self._waking:
+            self._waking.cancel()
+
+    async def _check_is_up(self) -> None:
+        state = await self._tier.state()
+        if state.waits_because != self._waits_because:
+            self._waits_because = state.waits_because
+            if self._waits_because:
+                logger.warning("the language model cannot be placed", extra={"why": self._waits_because})
+        if state.num_running:
+            self._down_since = None
+            return
+        now = time.monotonic()
+        self._down_since = self._down_since or now
+        left_s = max(self._expected_start_s - (now - self._down_since), MIN_RETRY_AFTER_S)
+        is_asleep = not state.num_starting
+        if is_asleep or self._waking:
+            expected = state.waits_because or f"About {left_s:.0f} s are left."
+            raise LLMCold(
+                f"The language model is scaled to zero, and a request wakes it. {expected}",
+                retry_after_s=math.ceil(left_s),
+            )
+        raise _restarting(state.waits_because, retry_after_s=math.ceil(left_s))
+
+    async def _first(self, stream: AsyncIterator[Delta]) -> Delta:
+        """Wait for the first delta, but not for a replica that has gone meanwhile."""
+        first = asyncio.ensure_future(anext(stream))
+        try:
+            while not (await asyncio.wait({first}, timeout=MAX_AGE_S))[0]:
+                await self._check_is_up()
+            return first.result()
+        except StopAsyncIteration:
+            raise LLMUnavailable("The language model's stream ended before it began.", retry_after_s=2) from None
+        finally:
+            first.cancel()
+
+    async def _probe(self) -> ModelInfo:
+        with _translated_errors(_restarting()):
             response = self._info.remote()
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
                     found = cast(ModelInfo, await response)
             except TimeoutError:
                 response.cancel()
-                raise _llm_unavailable() from None
+                raise _restarting() from None
         self._is_suspect = False
         return found
 
-    async def close(self) -> None:
-        """Nothing is held here: the deployment closes itself."""
+    def _wake(self) -> None:
+        if self._waking is None:
+            # In a context of its own: Serve would cancel the call together with the request that it came with.
+            self._waking = asyncio.create_task(self._wait_for_a_replica(), context=contextvars.Context())
+
+    async def _wait_for_a_replica(self) -> None:
+        """Keep one call waiting, which is what makes Serve start a replica, and learn how long that takes."""
+        started = time.monotonic()
+        try:
+            with _translated_errors(_restarting()):
+                await self._info.remote()
+            self._expected_start_s = time.monotonic() - started
+            logger.info("the language model has started", extra={"took_s": round(self._expected_start_s, 1)})
+        except LLMUnavailable as error:
+            logger.warning("the language model has not started", extra={"error": error.message})
+        finally:
+            self._waking = None
 
 
-def _llm_unavailable() -> LLMUnavailable:
-    return LLMUnavailable("The language model is starting or restarting. Try again shortly.", retry_after_s=10)
+def _restarting(why: str = "", *, retry_after_s: int = 10) -> LLMUnavailable:
+    message = f"The language model cannot start: {why}" if why else "The language model is starting or restarting."
+    return LLMUnavailable(message, retry_after_s=retry_after_s)
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from deployments.replica import end_when_dead, max_replicas
     autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 64},
     health_check_period_s=5,
     graceful_shutdown_timeout_s=60,
-    ray_actor_options={"num_cpus": 0.2},
 )
 @serve.ingress()
 class Ingress:
@@ -31,7 +30,7 @@ class Ingress:
     async def __init__(  # type: ignore[misc]  # Serve awaits it.
         self,
         settings: Settings,
-        device: Device,
+        device: Device = "cpu",
         retriever: DeploymentHandle[Any] | None = None,
         llm: DeploymentHandle[Any] | None = None,
     ) -> None:
@@ -43,7 +42,7 @@ class Ingress:
             settings,
             device=device,
             retriever=RetrieverHandle(retriever) if retriever else None,
-            llm=LLMHandle(llm) if llm else None,
+            llm=LLMHandle(llm, expected_start_s=settings.answer.llm_start_s) if llm else None,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

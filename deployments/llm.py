@@ -17,11 +17,15 @@ from deployments.replica import end_when_dead
     # More than the engine runs at once, so that its own scheduler always has a next request to take.
     max_ongoing_requests=64,
     max_queued_requests=256,
-    autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 24},
+    autoscaling_config={
+        "min_replicas": 1,
+        "max_replicas": 1,
+        "target_ongoing_requests": 24,
+        "policy": {"policy_function": "deployments.scaling:engine_load"},
+    },
     health_check_period_s=2,
     health_check_timeout_s=10,
     graceful_shutdown_timeout_s=120,
-    ray_actor_options={"num_cpus": 0.4},
 )
 class LLM:
     """An `app.llm.LLM` as a deployment."""
@@ -39,6 +43,15 @@ class LLM:
     async def info(self) -> ModelInfo:
         """Say what is served."""
         return await self._llm.info()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Serve what `deployments.scaling` decides on."""
+        info = await self._llm.info()
+        return {
+            "num_running": info.num_running,
+            "max_num_seqs": info.max_num_seqs,
+            "kv_cache_usage": info.kv_cache_usage,
+        }
 
     async def check_health(self) -> None:
         """Find out whether the engine lives."""

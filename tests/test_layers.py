@@ -7,12 +7,12 @@ import pytest
 
 APP = Path(__file__).parent.parent / "app"
 LAYERS = [
-    {"domain", "errors"},
+    {"domain", "errors", "placement"},
     {"settings"},
-    {"telemetry", "config"},
+    {"telemetry", "config", "dashboard"},
     {"loaders", "chunking", "sparse", "citations"},
     {"prompts", "grounding"},
-    {"gate", "models"},
+    {"gate", "models", "sizing"},
     {"embedding", "store", "llm"},
     {"planning", "ingestion"},
     {"retrieval"},

@@ -71,7 +71,10 @@ def chat_router(services: Services) -> APIRouter:
 
 
 async def _check_raw_model(services: Services, model: str) -> None:
-    served = (await services.llm.info()).id
+    try:
+        served = (await services.llm.info()).id
+    except LLMUnavailable:
+        return  # The name cannot be checked now. The request itself is refused, and wakes a tier scaled to zero.
     if model != served:
         raise ModelNotFound(f"The model {model!r} is not served here. Use {PROFILE!r} or {served!r}.", param="model")
 

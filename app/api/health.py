@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from app.api.errors import internal_error
-from app.errors import CleaveError
+from app.errors import CleaveError, LLMCold
 from app.services import Services
 
 PROBE_TIMEOUT_S = 2.0
@@ -49,6 +49,6 @@ async def _probe(question: Awaitable[Any]) -> dict[str, Any]:
             "error": f"No answer within {PROBE_TIMEOUT_S:g} s; it may be busy or starting.",
         }
     except CleaveError as error:
-        return {"status": "unavailable", "error": error.message}
+        return {"status": "cold" if isinstance(error, LLMCold) else "unavailable", "error": error.message}
     except Exception as error:
         return {"status": "unavailable", "error": internal_error(error).message}

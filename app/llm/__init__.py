@@ -1,4 +1,4 @@
-"""The language model: one interface; vLLM in this process, or quotes without a model."""
+"""The language model: one interface; vLLM in this process, a server over HTTP, or quotes without a model."""
 
 from collections.abc import AsyncGenerator
 from typing import Protocol

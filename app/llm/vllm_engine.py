@@ -19,11 +19,12 @@ from app.settings import Device, LLMSettings
 class VLLMEngine:
     """An `LLM` over vLLM. Build it with `start`; it needs a running event loop."""
 
-    def __init__(self, engine: Any, *, model: str, context_window: int, chat_template: str | None) -> None:
+    def __init__(self, engine: Any, *, model: str, cache_meter: Any, chat_template: str | None) -> None:
         self._engine = engine
         self._tokenizer = engine.get_tokenizer()
         self._model = model
-        self._context_window = context_window
+        self._context_window = engine.model_config.max_model_len
+        self._cache_meter = cache_meter
         self._chat_template = chat_template
 
     @classmethod
@@ -43,6 +44,7 @@ class VLLMEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        cache_meter = _cache_meter()
         options: dict[str, Any] = {
             "model": found.source,
             "revision": found.revision,
@@ -55,11 +57,11 @@ class VLLMEngine:
             **settings.engine_options,
         }
         try:
-            engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+            engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options), stat_loggers=[lambda *_: cache_meter])
         except (TypeError, ValueError, OSError, RuntimeError) as error:
             raise ConfigurationError(f"llm: vLLM cannot start {model}: {_first_line(error)}") from error
         template = settings.chat_template.read_text(encoding="utf-8") if settings.chat_template else None
-        started = cls(engine, model=model, context_window=engine.model_config.max_model_len, chat_template=template)
+        started = cls(engine, model=model, cache_meter=cache_meter, chat_template=template)
         await started._warm_up()
         return started
 
@@ -97,6 +99,8 @@ class VLLMEngine:
             engine="vllm",
             context_window=self._context_window,
             num_running=self._engine.get_num_unfinished_requests(),
+            max_num_seqs=self._engine.vllm_config.scheduler_config.max_num_seqs,
+            kv_cache_usage=self._cache_meter.usage,
         )
 
     async def close(self) -> None:
@@ -127,6 +131,24 @@ class VLLMEngine:
                 "Set llm.chat_template to a Jinja file that renders `messages`."
             ) from error
         return token_ids
+
+
+def _cache_meter() -> Any:
+    """Make what the engine tells after each step how full its KV cache is."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class CacheMeter(StatLoggerBase):  # type: ignore[misc]  # vLLM is not typed.
+        def __init__(self) -> None:
+            self.usage = 0.0
+
+        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+            if scheduler_stats is not None:
+                self.usage = scheduler_stats.kv_cache_usage
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return CacheMeter()
 
 
 def _sampling(sampling: SamplingParams, max_tokens: int) -> Any:

@@ -1,0 +1,36 @@
+"""Which nodes a deployment may run on: the LLM where a GPU is, the others where none is."""
+
+from typing import Any
+
+import ray
+
+from app.settings import Device
+
+TIER_LABEL = "tier"
+"""Nodes started with `--labels tier=gpu` are kept for the LLM, also those that join later."""
+
+
+def llm_options(device: Device, *, num_cpus: float) -> dict[str, Any]:
+    """Give the `ray_actor_options` of the deployment that holds the LLM."""
+    return {"num_cpus": num_cpus, "num_gpus": 1 if device == "gpu" else 0}
+
+
+def business_options(device: Device, *, num_cpus: float) -> dict[str, Any]:
+    """Give those of a deployment without the LLM: off the GPU nodes, as long as there are others."""
+    options: dict[str, Any] = {"num_cpus": num_cpus}
+    if device == "gpu":
+        options["label_selector"] = {TIER_LABEL: "!gpu", **_not_on_gpu_nodes()}
+    return options
+
+
+def cluster_has_gpu() -> bool:
+    """Tell whether some node has a GPU, physical or logical."""
+    return bool(ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def _not_on_gpu_nodes() -> dict[str, str]:
+    """Name the GPU nodes that are up, which spares the label where nodes do not come and go."""
+    nodes = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    gpu_nodes = sorted(node["NodeID"] for node in nodes if node["Resources"].get("GPU"))
+    has_others = any(node["Resources"].get("CPU", 0) >= 1 for node in nodes if node["NodeID"] not in gpu_nodes)
+    return {"ray.io/node-id": f"!in({','.join(gpu_nodes)})"} if gpu_nodes and has_others else {}

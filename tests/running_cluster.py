@@ -1,0 +1,149 @@
+"""A real Ray cluster of several nodes on this machine: a head without CPUs, CPU nodes, nodes with a logical GPU.
+
+The test process is no part of it. It deploys as a user does, with `serve deploy`, and reads the dashboard's Serve API.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from ray.cluster_utils import Cluster
+
+from tests.running_service import ROOT, free_port
+
+DEPLOY_TIMEOUT_S = 240
+ENVIRONMENT = {
+    # The cluster of a test is reached from this machine alone.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    # How soon Serve's autoscaler sees a change; by default 10 s.
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
+    # How soon a node that is gone counts as dead; by default 15 s.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+class RunningCluster:
+    """A cluster with Serve; nodes come and go by `add` and `remove`."""
+
+    def __init__(self, cluster: Cluster, dashboard: str) -> None:
+        self._cluster = cluster
+        self.dashboard = dashboard
+        self.url = ""
+
+    def add(self, **resources: float) -> Any:
+        """Add a node and return it; `node.node_id` is its id."""
+        return self._cluster.add_node(**resources)
+
+    def remove(self, node: Any) -> None:
+        """Kill a node's processes, as when its machine is lost."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def deploy(self, config: Path) -> None:
+        """Run `serve deploy`."""
+        self.url = f"http://127.0.0.1:{yaml.safe_load(config.read_text(encoding='utf-8'))['http_options']['port']}"
+        program = Path(sys.executable).with_name("serve")
+        done = subprocess.run(
+            [str(program), "deploy", str(config), "--address", self.dashboard],
+            env={**os.environ, **ENVIRONMENT},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def deployments(self) -> dict[str, Any]:
+        """What the dashboard's Serve API says of each deployment."""
+        found = self._serve_api()["applications"].get("cleave", {})
+        return dict(found.get("deployments", {}))
+
+    def status(self) -> str:
+        """The application's status, by the same API."""
+        return str(self._serve_api()["applications"].get("cleave", {}).get("status", "NOT_STARTED"))
+
+    def replicas(self, deployment: str) -> dict[str, str]:
+        """The running replicas of a deployment, by id, with the node that each runs on."""
+        listed = self.deployments().get(deployment, {}).get("replicas", [])
+        return {one["replica_id"]: one["node_id"] for one in listed if one["state"] == "RUNNING"}
+
+    def wait_until_running(self) -> None:
+        """Wait for all deployments to be up and for an Ingress to answer."""
+        self.wait_until(lambda: self.status() == "RUNNING" and self.answers())
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/livez", trust_env=False, timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def wait_until(self, condition: Any, seconds: float = DEPLOY_TIMEOUT_S) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, (self.status(), self.deployments())
+            time.sleep(0.2)
+
+    def _serve_api(self) -> dict[str, Any]:
+        response = httpx.get(f"{self.dashboard}/api/serve/applications/", trust_env=False, timeout=30)
+        found: dict[str, Any] = response.raise_for_status().json()
+        return found
+
+
+@contextlib.contextmanager
+def running_cluster(*nodes: dict[str, float]) -> Iterator[RunningCluster]:
+    """Start a head without CPUs, and the given nodes; stop all of it in the end."""
+    previous = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    port = free_port()
+    try:
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port},
+        )
+    finally:
+        os.environ.clear()
+        os.environ.update(previous)
+    found = RunningCluster(cluster, f"http://127.0.0.1:{port}")
+    try:
+        for resources in nodes:
+            found.add(**resources)
+        yield found
+    finally:
+        cluster.shutdown()
+
+
+def write_cluster_config(folder: Path, topology: str, *, port: int | None = None, **application: Any) -> Path:
+    """Write a Serve config for a cluster whose nodes share this machine, so that only the head has a proxy."""
+    args = {
+        "data_dir": str(folder / "data"),
+        "seed": str(ROOT / "examples" / "articles"),
+        "llm": {"device": "gpu", "engine": "extractive"},
+    }
+    config = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port or free_port()},
+        "applications": [
+            {
+                "name": "cleave",
+                "route_prefix": "/",
+                "import_path": f"deployments.application:{topology}",
+                **application,
+                "args": {**args, **application.get("args", {})},
+            }
+        ],
+    }
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
