@@ -192,8 +192,8 @@ class ChatService:
                 if gate.is_full:
                     break
             is_whole = run.finish_reason == "stop"
-        except LLMUnavailable:
-            run.degrade("llm_failed")
+        except LLMUnavailable as error:
+            run.degrade("llm_failed", error.message)
         except DeadlineExceeded:
             run.degrade("llm_timeout")
         yield gate.finish(is_whole=is_whole)
@@ -239,9 +239,9 @@ class _Run:
         self._last = Delta("")
         self._started = asyncio.get_running_loop().time()
 
-    def degrade(self, reason: str) -> None:
-        """Name something that the answer had to do without."""
-        logger.warning("answer degraded", extra={"reason": reason})
+    def degrade(self, reason: str, why: str = "") -> None:
+        """Name something that the answer had to do without; `why` is for the log."""
+        logger.warning("answer degraded", extra={"reason": reason} | ({"why": why} if why else {}))
         self.degraded.append(reason)
 
     async def within(self, seconds: float, work: Awaitable[T], stage: str) -> T:
@@ -271,7 +271,7 @@ class _Run:
             except (Unavailable, DeadlineExceeded) as error:
                 if not generation.passages or (is_llm_required and isinstance(error, LLMUnavailable)):
                     raise
-                self.degrade("llm_timeout" if isinstance(error, DeadlineExceeded) else error.code)
+                self.degrade("llm_timeout" if isinstance(error, DeadlineExceeded) else error.code, error.message)
                 await stream.aclose()
                 stream = fallback.generate(generation)
                 self.first = await self._next(stream, self.request.timeout_s)

@@ -138,6 +138,7 @@ def _check(path: Path, document: Entry) -> Config:
     for deployment in deployments:
         _check_belongs(deployment, topology)
         _check_scaling(deployment)
+        _check_keeps_gpu(deployment, topology, settings)
         if deployment["name"] == _owner(topology):
             check_single_owner(settings, owner=deployment["name"], max_replicas=max_replicas(deployment))
     return Config(path, settings, topology, host, int(port), deployments)
@@ -225,6 +226,17 @@ def _check_scaling(deployment: Entry) -> None:
         raise ConfigurationError(
             f"{where}: target_ongoing_requests ({target:g}) is not below max_ongoing_requests ({most:g}), so a full "
             "replica never asks for another. Set the target to 50-75% of the maximum."
+        )
+
+
+def _check_keeps_gpu(deployment: Entry, topology: str, settings: Settings) -> None:
+    """Refuse options that take the GPU away: Serve puts them in place of the builder's own, not beside them."""
+    options = _mapping(deployment, "ray_actor_options", f"deployments: {deployment['name']}")
+    holds_the_llm = topology in DEPLOYMENTS and deployment["name"] == ("LLM" if topology != "monolith" else "Ingress")
+    if holds_the_llm and settings.llm.device == "gpu" and options and not options.get("num_gpus"):
+        raise ConfigurationError(
+            f"deployments: {deployment['name']}.ray_actor_options has no num_gpus, so it would run without a GPU, but "
+            "llm.device is gpu. Add num_gpus: 1."
         )
 
 

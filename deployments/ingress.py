@@ -37,7 +37,7 @@ class Ingress:
         configure_logging(settings.logging)
         if retriever is None:
             check_single_owner(settings, owner="Ingress", max_replicas=max_replicas())
-        self._holds_engine = llm is None
+        self._holds_engine = llm is None and settings.llm.engine == "vllm"
         self._services = await build_services(
             settings,
             device=device,
@@ -50,7 +50,7 @@ class Ingress:
         return create_api(self._services)
 
     async def check_health(self) -> None:
-        """Find out whether an engine of this process lives; those of other deployments are checked there."""
+        """Find out whether an engine of this process lives; others are checked where they are."""
         if self._holds_engine:
             await end_when_dead(self._services.llm)
 

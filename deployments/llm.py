@@ -6,6 +6,7 @@ from contextlib import aclosing
 from ray import serve
 
 from app.domain import Delta, GenerationRequest, ModelInfo
+from app.errors import LLMUnavailable
 from app.services import build_llm
 from app.settings import Device, Settings
 from app.telemetry import configure_logging
@@ -20,7 +21,7 @@ from deployments.replica import end_when_dead
     autoscaling_config={
         "min_replicas": 1,
         "max_replicas": 1,
-        "target_ongoing_requests": 24,
+        "target_ongoing_requests": 40,
         "policy": {"policy_function": "deployments.scaling:engine_load"},
     },
     health_check_period_s=2,
@@ -32,6 +33,7 @@ class LLM:
 
     async def __init__(self, settings: Settings, device: Device) -> None:  # type: ignore[misc]  # Serve awaits it.
         configure_logging(settings.logging)
+        self._holds_engine = settings.llm.engine == "vllm"
         self._llm = await build_llm(settings, device)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
@@ -45,8 +47,11 @@ class LLM:
         return await self._llm.info()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Tell Serve what `deployments.scaling` decides on."""
-        info = await self._llm.info()
+        """Tell Serve what `deployments.scaling` decides on; nothing while the engine does not answer."""
+        try:
+            info = await self._llm.info()
+        except LLMUnavailable:
+            return {}
         return {
             "num_running": info.num_running,
             "max_num_seqs": info.max_num_seqs,
@@ -54,8 +59,9 @@ class LLM:
         }
 
     async def check_health(self) -> None:
-        """Find out whether the engine lives."""
-        await end_when_dead(self._llm)
+        """Find out whether an engine of this process lives; a new replica would not mend another server."""
+        if self._holds_engine:
+            await end_when_dead(self._llm)
 
     async def __del__(self) -> None:
         """Stop the engine when Serve stops the replica."""

@@ -57,7 +57,7 @@ class MisbehavingServer:
     `tells_window` make it look like vLLM; `script_of_models` is played for the list of models.
     """
 
-    def __init__(self, *, has_tokenizer: bool = True, tells_window: bool = True, pace_s: float = 0.001) -> None:
+    def __init__(self, *, has_tokenizer: bool = True, tells_window: bool = True, pace_s: float = 0.005) -> None:
         self.script: Script | None = None
         self.script_of_models: Script | None = None
         self.greeting = b""

@@ -47,6 +47,10 @@ class RunningCluster:
         """Add a node and return it; `node.node_id` is its id."""
         return self._cluster.add_node(**resources)
 
+    def nodes(self) -> list[Any]:
+        """All nodes but the head."""
+        return list(self._cluster.worker_nodes)
+
     def remove(self, node: Any) -> None:
         """Kill a node's processes, as when its machine is lost."""
         self._cluster.remove_node(node, allow_graceful=False)

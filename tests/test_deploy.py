@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import re
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,9 @@ SERVE_CONFIGS = {
     for path in [ROOT / "serve_config.yaml", *sorted(DEPLOY.glob("*.yaml"))]
     if any("applications" in one for one in yaml.safe_load_all(path.read_text(encoding="utf-8")))
 } | {name: yaml.safe_load(text)["spec"]["serveConfigV2"] for name, text in RAY_SERVICES.items()}
+GUIDE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+(MANUAL,) = re.findall(r"^ *```yaml\n(.*?)^ *```", GUIDE, re.MULTILINE | re.DOTALL)
+SERVE_CONFIGS["docs/deploy.md"] = textwrap.dedent(MANUAL)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def served(
 
 
 def test_the_shipped_configs_are_found() -> None:
-    assert {"serve_config.yaml", "monolith.yaml", "two_tier.yaml", "container.yaml"} <= set(SERVE_CONFIGS)
+    expected = {"serve_config.yaml", "monolith.yaml", "two_tier.yaml", "container.yaml", "docs/deploy.md"}
+    assert expected <= set(SERVE_CONFIGS)
 
 
 def test_ray_serve_reads_every_config(name: str) -> None:
@@ -236,7 +241,7 @@ def test_no_pod_is_privileged() -> None:
 def test_secrets_come_from_secrets_and_may_be_missing(ray_service: dict[str, Any]) -> None:
     environment = pods(ray_service)["head"]["containers"][0]["env"]
     secrets = {one["name"]: one["valueFrom"]["secretKeyRef"] for one in environment if "valueFrom" in one}
-    assert set(secrets) == {"HF_TOKEN", "QDRANT_API_KEY"}
+    assert set(secrets) == {"HF_TOKEN", "QDRANT_API_KEY", "LLM_API_KEY"}
     assert all(secret["optional"] for secret in secrets.values())
 
 
@@ -396,6 +401,7 @@ READ_BY = {
     "HF_TOKEN": ("huggingface_hub", "constants.py"),
     "HF_HOME": ("huggingface_hub", "constants.py"),
     "QDRANT_API_KEY": ("app", "services.py"),
+    "LLM_API_KEY": ("app", "services.py"),
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": ("ray", "serve/_private/constants.py"),
     "RAY_SERVE_ENABLE_HA_PROXY": ("ray", "serve/_private/constants.py"),
     "RAY_USAGE_STATS_ENABLED": ("ray", "_common/usage/usage_constants.py"),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -201,7 +201,11 @@ def vllm_behind_a_handle(folder: Path) -> Opened:
 async def small_server_behind_a_handle(folder: Path) -> AsyncIterator[Subject]:
     server = MisbehavingServer()
     async with behind_a_handle(settings_of_server(server.url), folder) as subject:
-        yield subject
+
+        async def kill() -> None:
+            server.stop()
+
+        yield replace(subject, kill=kill)
     server.stop()
 
 

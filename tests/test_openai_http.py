@@ -351,7 +351,10 @@ async def test_what_is_no_such_server_is_said(
     assert found.message.endswith("Correct llm.url, up to and including /v1.")
 
 
-@pytest.mark.parametrize("script", [page("200 OK", "<html>"), page("200 OK", "[]"), page("404 Not Found", "<html>")])
+@pytest.mark.parametrize(
+    "script",
+    [page("200 OK", "<html>"), page("200 OK", "[]"), page("404 Not Found", "<html>"), page("400 Bad Request", "{}")],
+)
 async def test_a_server_without_a_list_of_models_is_said(
     server: MisbehavingServer, llm: OpenAIEngine, script: Script
 ) -> None:

@@ -13,7 +13,8 @@ class LLM(Protocol):
         """Stream the completion of `request.messages`.
 
         The first delta comes as soon as there is one and carries `prompt_tokens` and `num_presented`; the last one
-        carries `finish_reason`. Closing the generator frees the engine's slot.
+        carries `finish_reason`, and the token counts as the engine knows them, where they were estimates before.
+        Closing the generator frees the engine's slot.
 
         Raises:
             ContextTooLong: the messages alone do not fit, before the first delta.
