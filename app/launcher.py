@@ -235,7 +235,8 @@ def _how_to_ask(config: Config, dashboard: str, log: Path) -> str:
                -d '{{"messages": [{{"role": "user", "content": "How long did the Reading Room outage last?"}}]}}'
   chat page  {url}/
   API docs   {url}/docs
-  dashboard  {dashboard}  (Ray: deployments, replicas, logs)
+  dashboard  {dashboard}  (Ray: deployments, replicas, logs; its token: ray get-auth-token)
+  change     edit {config.path}, then: RAY_AUTH_MODE=token serve deploy {config.path}
   log        {log}
 Ctrl-C stops everything.
 """

@@ -134,8 +134,7 @@ class LLMHandle:
         now = time.monotonic()
         self._down_since = self._down_since or now
         left_s = max(self._expected_start_s - (now - self._down_since), MIN_RETRY_AFTER_S)
-        is_asleep = not state.num_starting
-        if is_asleep or self._waking:
+        if state.scales_to_zero:
             expected = state.waits_because or f"About {left_s:.0f} s are left."
             raise LLMCold(
                 f"The language model is scaled to zero, and a request wakes it. {expected}",

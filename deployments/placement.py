@@ -3,11 +3,15 @@
 from typing import Any
 
 import ray
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from app.settings import Device
 
 TIER_LABEL = "tier"
 """Nodes started with `--labels tier=gpu` are kept for the LLM, also those that join later."""
+
+NAMED_NODES = "cleave:gpu-nodes"
+"""The key in the cluster's own store under which the GPU nodes are kept that replicas have been told to avoid."""
 
 
 def llm_options(device: Device, *, num_cpus: float) -> dict[str, Any]:
@@ -29,8 +33,17 @@ def cluster_has_gpu() -> bool:
 
 
 def _not_on_gpu_nodes() -> dict[str, str]:
-    """Name the GPU nodes that are up, which spares the label where nodes do not come and go."""
+    """Name the GPU nodes that are up, which spares the label where nodes do not come and go.
+
+    The list stays while one of them is up: another one would restart the deployment, only because a node has joined.
+    """
     nodes = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
-    gpu_nodes = sorted(node["NodeID"] for node in nodes if node["Resources"].get("GPU"))
+    gpu_nodes = {node["NodeID"] for node in nodes if node["Resources"].get("GPU")}
     has_others = any(node["Resources"].get("CPU", 0) >= 1 for node in nodes if node["NodeID"] not in gpu_nodes)
-    return {"ray.io/node-id": f"!in({','.join(gpu_nodes)})"} if gpu_nodes and has_others else {}
+    if not gpu_nodes or not has_others:
+        return {}
+    named = (_internal_kv_get(NAMED_NODES) or b"").decode()
+    if not gpu_nodes & set(named.split(",")):
+        named = ",".join(sorted(gpu_nodes))
+        _internal_kv_put(NAMED_NODES, named)
+    return {"ray.io/node-id": f"!in({named})"}

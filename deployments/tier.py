@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import Counter
 from dataclasses import dataclass
 
 import ray
@@ -16,10 +15,10 @@ MAX_AGE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class TierState:
-    """How many replicas run, how many are on their way, and why one finds no place, if so."""
+    """How many replicas run, whether none may be what is wanted, and why one finds no node, if so."""
 
     num_running: int
-    num_starting: int
+    scales_to_zero: bool = False
     waits_because: str = ""
 
 
@@ -29,7 +28,7 @@ class Tier:
     def __init__(self, application: str, deployment: str) -> None:
         self._application = application
         self._deployment = deployment
-        self._state = TierState(0, 0)
+        self._state = TierState(1)
         self._asked_at = -MAX_AGE_S
         self._lock = asyncio.Lock()
 
@@ -45,10 +44,13 @@ class Tier:
         applications = _get_global_client().get_serve_details()["applications"]
         deployments = applications.get(self._application, {}).get("deployments", {})
         found = deployments.get(self._deployment, {})
-        states = Counter(replica["state"] for replica in found.get("replicas", []))
-        num_starting = states["STARTING"] + states["RECOVERING"]
-        if states["RUNNING"] or not num_starting:
-            return TierState(states["RUNNING"], num_starting)
+        if not found:
+            # While a changed config is being built nothing is listed, and everything goes on running.
+            return self._state
+        num_running = sum(replica["state"] == "RUNNING" for replica in found["replicas"])
+        if num_running:
+            return TierState(num_running)
+        autoscaling = found["deployment_config"].get("autoscaling_config") or {}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        own = {self._application: {"deployments": {self._deployment: found}}}
-        return TierState(0, num_starting, " ".join(waiting_replicas(own, nodes)))
+        waiting = waiting_replicas({self._application: {"deployments": {self._deployment: found}}}, nodes)
+        return TierState(0, autoscaling.get("min_replicas") == 0, " ".join(waiting))

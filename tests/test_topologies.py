@@ -1,0 +1,299 @@
+"""Three topologies, same answers: the shipped configs get the same requests, and whole responses are compared."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import yaml
+
+from tests.running_service import ROOT, free_port, running
+from tests.test_docs import code_of, rows, section
+from tests.transcript import Exchange, Request, declared_only, leaving, normalised, record, text_of
+
+CONFIGS = {
+    "three_tier": "serve_config.yaml",
+    "two_tier": "deploy/two_tier.yaml",
+    "monolith": "deploy/monolith.yaml",
+}
+REFERENCE, *OTHERS = CONFIGS
+CHAT = "/v1/chat/completions"
+RAW = "SmolLM2-135M-Instruct"
+REFUSAL = "The documents do not hold an answer to this question."
+NOT_ASKED_FOR = {
+    "overloaded",
+    "llm_unavailable",
+    "llm_cold",
+    "retriever_unavailable",
+    "internal_error",
+    "configuration_error",
+}
+"""Errors of the README's table that no single request causes in a service that is well."""
+
+OUTAGE = "How long did the Reading Room outage on 14 October 2025 last?"
+QUESTIONS = [
+    json.loads(line) for line in (ROOT / "examples" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+]
+SECTION = "How long may a section be before it is split, according to Marit Oldershaw?"
+CANARY = "What share of conversations does the Reading Room canary receive, and for how long?"
+STORY = "Write a very long story about a lighthouse."
+HERONS = "When do the herons of Dunmere move to the north pond?"
+HERON_ID = "herons/plan #1?.md"
+HERON_PATH = f"/v1/documents/{quote(HERON_ID)}"
+
+
+def get(path: str, status: int = 200, code: str = "", holds: tuple[str, ...] = (), **options: Any) -> Request:
+    return Request("GET", path, options, status, code, holds)
+
+
+def post(path: str, body: Any, status: int = 200, code: str = "", holds: tuple[str, ...] = ()) -> Request:
+    return Request("POST", path, {"json": body}, status, code, holds)
+
+
+def ask(
+    question: str, *holds: str, status: int = 200, code: str = "", rag: Mapping[str, Any] | None = None, **body: Any
+) -> Request:
+    # Patient: whether an answer is made in time is not the question here.
+    options = {"timeout_s": 300, **(rag or {})}
+    return post(
+        CHAT, {"messages": [{"role": "user", "content": question}], "rag": options, **body}, status, code, holds
+    )
+
+
+def stream(question: str, *holds: str, **body: Any) -> Request:
+    return ask(question, *holds, stream=True, stream_options={"include_usage": True}, **body)
+
+
+def wrong(body: Any, holds: str, code: str = "invalid_value", path: str = CHAT, status: int = 400) -> Request:
+    return post(path, body, status, code, (holds,))
+
+
+def grounded(how: str) -> str:
+    return f'"grounded": "{how}"'
+
+
+def upload(files: Mapping[str, bytes], *holds: str, metadata: str = "{}", status: int = 200, code: str = "") -> Request:
+    options = {"files": [("files", file) for file in files.items()], "data": {"metadata": metadata}}
+    return Request("POST", "/v1/documents", options, status, code, holds)
+
+
+def herons(day: int) -> dict[str, Any]:
+    text = f"The herons of Dunmere move to the north pond on {day} May 2026."
+    heron = {"id": HERON_ID, "title": "Heron plan", "text": text, "metadata": {"team": "ponds", "round": 2}}
+    return {"documents": [heron, {"id": "empty", "text": "  "}]}
+
+
+def said(*turns: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+
+
+def questions() -> dict[str, Request]:
+    """Ask as many of the sample questions as show each way to answer."""
+    chosen = {"mixed": [1], "quotes": [0, 5], "model": [11, 12, 19], "refused": [20, 21]}
+    return {
+        f"question-{how}-{number}": ask(QUESTIONS[number]["question"], QUESTIONS[number]["answer"] or REFUSAL)
+        for how, numbers in chosen.items()
+        for number in numbers
+    }
+
+
+UNSUPPORTED: dict[str, Any] = {
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "n": 2,
+    "logprobs": True,
+    "response_format": {"type": "json_object"},
+    "stop": list("abcde"),
+}
+USER: dict[str, Any] = {"messages": [{"role": "user", "content": OUTAGE}]}
+
+REQUESTS: dict[str, Request] = {
+    # The service as it starts.
+    "live": get("/livez", holds=('"status": "ok"',)),
+    "health": get("/health", holds=('"status": "ok"',)),
+    "ready": get("/readyz", holds=('"status": "ready"',)),
+    "ready-verbose": get("/readyz?verbose", holds=('"num_documents": 14', '"engine": "vllm"', '"num_running": 0')),
+    "models": get("/v1/models", holds=('"cleave"', f'"{RAW}"')),
+    "page": get("/", holds=("Cleave",)),
+    "page-script": get("/web/chat.js", holds=("function",)),
+    "page-missing": get("/web/missing.js", 404, "not_found"),
+    "api-description": get("/openapi.json", holds=("/v1/chat/completions",)),
+    "api-page": get("/docs", holds=("swagger",)),
+    # Answers.
+    **questions(),
+    "stream-model": stream(OUTAGE, "52 minutes", "[DONE]"),
+    "stream-quotes": stream(QUESTIONS[0]["question"], "from 2.4 s to 600 ms", "[DONE]"),
+    "stream-refused": stream(QUESTIONS[20]["question"], REFUSAL, "[DONE]"),
+    "stream-without-usage": ask(OUTAGE, "52 minutes", "[DONE]", stream=True),
+    "conversation": ask(
+        "",
+        "52 minutes",
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            *said("What is Reading Room?", "A chat service of the Lanternfish wiki.", OUTAGE),
+        ],
+    ),
+    "conversation-in-parts": ask(
+        "", "52 minutes", messages=[{"role": "user", "content": [{"type": "text", "text": OUTAGE}]}]
+    ),
+    "conversation-too-long": ask(
+        "", "52 minutes", "history_trimmed", messages=said("word " * 9000, "I see.", OUTAGE), max_tokens=40
+    ),
+    "author": ask(SECTION, "900 tokens", rag={"filters": {"author": "Marit Oldershaw"}}),
+    "authors": ask(CANARY, "48 hours", rag={"filters": {"author": ["Noor Hallivant", "Marit Oldershaw"]}}),
+    "author-unknown": ask(OUTAGE, "No document matches", grounded("refused"), rag={"filters": {"author": "Nobody"}}),
+    "top-k": ask(OUTAGE, "52 minutes", '"presented": [1]', rag={"top_k": 1}),
+    "top-k-many": ask(QUESTIONS[20]["question"], '"n": 20', rag={"top_k": 20}),
+    "without-documents": ask("Say hello.", grounded("unchecked"), max_tokens=12, rag={"enabled": False}),
+    "raw": ask("Say hello.", '"finish_reason": "length"', grounded("unchecked"), model=RAW, max_tokens=12),
+    "raw-stream": stream("Say hello.", "[DONE]", model=RAW, max_tokens=24),
+    "raw-stop": ask("Say hello.", '"finish_reason": "stop"', model=RAW, stop=["e"], seed=7, top_p=0.9),
+    "raw-conversation-too-long": ask(
+        "", "history_trimmed", model=RAW, messages=said("word " * 9000, "I see.", "Say hello."), max_tokens=8
+    ),
+    # Passages.
+    "search": post("/v1/search", {"query": OUTAGE}, holds=("52 minutes", '"n": 5')),
+    "search-top-k": post("/v1/search", {"query": "KV cache", "top_k": 12}, holds=('"n": 12',)),
+    "search-author": post(
+        "/v1/search", {"query": "chunk size", "filters": {"author": "Teodor Vaskelin"}}, holds=("256 tokens",)
+    ),
+    "search-author-unknown": post("/v1/search", {"query": OUTAGE, "filters": {"author": "Nobody"}}, holds=("[]",)),
+    # Wrong requests.
+    "no-messages": wrong({"messages": []}, '"param": "messages"'),
+    "no-body": wrong({}, '"param": "messages"'),
+    "wrong-temperature": wrong({**USER, "temperature": 9}, '"param": "temperature"'),
+    "wrong-top-k": wrong({**USER, "rag": {"top_k": 0}}, '"param": "rag.top_k"'),
+    "misspelt-option": wrong({**USER, "rag": {"filter": {}}}, '"param": "rag.filter"'),
+    "empty-query": wrong({"query": "  "}, '"param": "query"', path="/v1/search"),
+    "wrong-page": get("/v1/documents?limit=0", 400, "invalid_value", ('"param": "limit"',)),
+    "not-json": Request(
+        "POST", CHAT, {"content": b"{", "headers": {"Content-Type": "application/json"}}, 400, "invalid_value"
+    ),
+    "no-object": wrong([], "not a JSON object"),
+    "documents-not-json": Request(
+        "POST",
+        "/v1/documents",
+        {"content": b"{", "headers": {"Content-Type": "application/json"}},
+        400,
+        "invalid_value",
+    ),
+    "documents-none": wrong({"documents": []}, '"param": "documents"', path="/v1/documents"),
+    **{
+        f"unsupported-{name}": wrong({**USER, name: value}, f'"param": "{name}"', "unsupported_parameter")
+        for name, value in UNSUPPORTED.items()
+    },
+    "too-long": ask("word " * 9000, status=400, code="context_length_exceeded", model=RAW),
+    "too-long-stream": ask("word " * 9000, status=400, code="context_length_exceeded", model=RAW, stream=True),
+    "too-long-without-documents": ask(
+        "word " * 9000, status=400, code="context_length_exceeded", rag={"enabled": False}
+    ),
+    "unknown-filter": ask(OUTAGE, "author", status=400, code="unknown_filter", rag={"filters": {"autor": "x"}}),
+    "unknown-filter-stream": ask(
+        OUTAGE, status=400, code="unknown_filter", rag={"filters": {"autor": "x"}}, stream=True
+    ),
+    "unknown-filter-search": wrong({"query": "x", "filters": {"autor": "x"}}, "author", "unknown_filter", "/v1/search"),
+    "broken-form": Request(
+        "POST",
+        "/v1/documents",
+        {"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}},
+        400,
+        "bad_request",
+    ),
+    "other-site": Request(
+        "POST", CHAT, {"json": USER, "headers": {"Origin": "https://evil.example"}}, 403, "cross_origin"
+    ),
+    "other-site-deletes": Request(
+        "DELETE", "/v1/documents/x", {"headers": {"Origin": "https://evil.example"}}, 403, "cross_origin"
+    ),
+    "no-route": get("/nowhere", 404, "not_found"),
+    "no-model": ask(OUTAGE, "cleave", status=404, code="model_not_found", model="gpt-5"),
+    "no-document": get("/v1/documents/nothing", 404, "document_not_found"),
+    "no-method": Request("PUT", "/v1/documents", {}, 405, "method_not_allowed"),
+    "no-method-chat": get(CHAT, 405, "method_not_allowed"),
+    "too-large": Request(
+        "POST", CHAT, status=413, code="too_large", send=declared_only(CHAT, num_bytes=104_857_600 + 1)
+    ),
+    "other-type": Request(
+        "POST",
+        "/v1/documents",
+        {"content": b"x", "headers": {"Content-Type": "text/plain"}},
+        415,
+        "unsupported_media_type",
+    ),
+    "own-request-id-refused": get("/livez", headers={"X-Request-ID": "not sane!"}),
+    # Documents. From here on the collection changes.
+    "list": get("/v1/documents", holds=('"total": 14', '"has_more": false')),
+    "list-page": get("/v1/documents?limit=3", holds=('"has_more": true',)),
+    "list-next-page": get("/v1/documents?limit=3&after=chunk-by-heading.md"),
+    "read": get("/v1/documents/chunk-by-heading.md", holds=("900 tokens",)),
+    "create": post("/v1/documents", herons(3), holds=('"created"', '"failed"', "has no text")),
+    "create-again": post("/v1/documents", herons(3), holds=('"unchanged"',)),
+    "update": post("/v1/documents", herons(9), holds=('"updated"',)),
+    "read-created": get(HERON_PATH, holds=("9 May", '"team": "ponds"')),
+    "ask-created": ask(HERONS, "9 May", f"http://service/v1/documents/{quote(HERON_ID)}#"),
+    "stream-created": stream(HERONS, "9 May", f"http://service/v1/documents/{quote(HERON_ID)}#"),
+    "ask-created-by-number": ask(HERONS, "9 May", rag={"filters": {"round": 2}}),
+    "upload": upload(
+        {
+            "storks.md": b"---\nauthor: Ada\n---\n# Storks\n\nNine storks nest on the mill of Dunmere.",
+            "page.html": b"<h1>Mill</h1><p>The mill of Dunmere was built in 1782.</p>",
+            "broken.pdf": b"This is no PDF.",
+            "program.exe": b"MZ",
+            "large.txt": b"x" * (26_214_400 + 1),
+        },
+        '"created"',
+        '"failed"',
+        metadata='{"team": "mill"}',
+    ),
+    "upload-again": upload(
+        {"storks.md": b"---\nauthor: Ada\n---\n# Storks\n\nNine storks nest on the mill of Dunmere."},
+        '"unchanged"',
+        metadata='{"team": "mill"}',
+    ),
+    "upload-changed": upload(
+        {"storks.md": b"# Storks\n\nTen storks nest on the mill of Dunmere."}, '"updated"', metadata='{"team": "mill"}'
+    ),
+    "upload-without-file": Request(
+        "POST", "/v1/documents", {"data": {"metadata": "{}"}, "files": [("other", ("x", b"x"))]}, 400, "invalid_value"
+    ),
+    "upload-wrong-metadata": upload(
+        {"x.md": b"x"}, '"param": "metadata"', metadata="[]", status=400, code="invalid_value"
+    ),
+    "search-uploaded": post(
+        "/v1/search", {"query": "storks mill", "filters": {"team": "mill"}}, holds=("Ten storks", "1782")
+    ),
+    "list-changed": get("/v1/documents", holds=('"total": 17',)),
+    "ready-changed": get("/readyz?verbose", holds=('"num_documents": 17', '"team"')),
+    "delete": Request("DELETE", HERON_PATH, holds=('"deleted": true',)),
+    "delete-again": Request("DELETE", HERON_PATH, status=404, code="document_not_found"),
+    "read-deleted": get(HERON_PATH, 404, "document_not_found"),
+    "ask-deleted": ask(HERONS),
+    "filter-deleted": ask(HERONS, rag={"filters": {"team": "ponds"}}),
+    "delete-uploaded": Request("DELETE", "/v1/documents/storks.md", holds=('"deleted": true',)),
+    "list-deleted": get("/v1/documents", holds=('"total": 15',)),
+    "ready-deleted": get("/readyz?verbose", holds=('"num_documents": 15',)),
+    # Time runs out, and clients leave.
+    "deadline-of-retrieval": ask(OUTAGE, "retrieval", status=504, code="deadline_exceeded", rag={"timeout_s": 0.001}),
+    "deadline-of-generation": ask(
+        STORY, "the answer", status=504, code="deadline_exceeded", rag={"timeout_s": 2}, model=RAW, max_tokens=4000
+    ),
+    "deadline-in-stream": stream(STORY, "deadline_exceeded", rag={"timeout_s": 3}, model=RAW, max_tokens=4000),
+    **{
+        f"leaving-{kind}": Request(
+            "POST",
+            CHAT,
+            holds=("within a second",),
+            send=leaving(
+                CHAT,
+                {**USER, "messages": said(STORY), "model": RAW, "max_tokens": 4000, "stream": kind == "stream"},
+            ),
+        )
+        for kind in ("stream", "whole")
+    },
+    "ready-in-the-end": get("/readyz?verbose", holds=('"num_running": 0',)),
+    "answer-in-the-end": ask(OUTAGE, "52 minutes", grounded("model")),
+}
+
+slow = [pytest.mark.slow, pytest.mark.timeout(900)]

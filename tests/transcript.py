@@ -1,0 +1,182 @@
+"""What a service answers to a list of requests, written down so that two services can be compared."""
+
+import http.client
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import httpx
+
+from tests.running_service import RunningService
+
+Exchange: TypeAlias = dict[str, Any]
+"""One normalised response: `status`, `headers` and `body`, or what there was in its place."""
+Send: TypeAlias = Callable[[RunningService], Exchange]
+
+TIMEOUT_S = 180.0
+NUM_ATTEMPTS = 3
+LATE = ("llm_timeout", "llm_unavailable")
+VARIABLE = {
+    "created",
+    "ingested_at",
+    "kv_cache_usage",
+    "content-length",
+    "date",
+    "last-modified",
+    "openai-processing-ms",
+}
+"""Times, what depends on times, and the length of bodies that hold some."""
+GIVEN_ID = re.compile(r"\bchatcmpl-[0-9a-f]{32}\b|\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|\b[0-9a-f]{32}\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request, and what its response must be in every topology. `holds` stands somewhere in the body, as JSON."""
+
+    method: str
+    path: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    status: int = 200
+    code: str = ""
+    holds: Sequence[str] = ()
+    send: Send | None = None
+    """In place of sending it as it is."""
+
+
+def record(service: RunningService, requests: Mapping[str, Request]) -> dict[str, Exchange]:
+    """Send the requests one after the other, each under its name as its id."""
+    transcript = {}
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=TIMEOUT_S) as client:
+        for name, request in requests.items():
+            for _ in range(NUM_ATTEMPTS):
+                transcript[name] = normalised(_exchange(service, client, name, request), service.url)
+                # A busy machine may be too late for an answer, which tells nothing about the topology.
+                if not any(word in json.dumps(transcript[name]) for word in LATE):
+                    break
+    return transcript
+
+
+def normalised(value: Any, url: str) -> Any:
+    """Put placeholders for ids that the service gives out, times, and its own address."""
+    match value:
+        case dict():
+            return {key: _without_times(key, one, url) for key, one in value.items()}
+        case list():
+            return [normalised(one, url) for one in value]
+        case str():
+            return GIVEN_ID.sub("<id>", value.replace(url, "http://service"))
+    return value
+
+
+def _without_times(key: str, value: Any, url: str) -> Any:
+    if key in VARIABLE:
+        return f"<{key}>"
+    if key == "timings_ms":
+        return dict.fromkeys(sorted(value), "<ms>")
+    return normalised(value, url)
+
+
+def _exchange(service: RunningService, client: httpx.Client, name: str, request: Request) -> Exchange:
+    try:
+        if request.send:
+            return request.send(service)
+        headers = {"X-Request-ID": name, **request.options.get("headers", {})}
+        options = {**request.options, "headers": headers}
+        response = client.request(request.method, request.path, **options)
+    except (httpx.HTTPError, http.client.HTTPException, OSError) as error:
+        return {"failed": repr(error)}
+    return exchange_of(response.status_code, response.headers.multi_items(), response.text)
+
+
+def exchange_of(status: int, headers: Sequence[tuple[str, str]], text: str) -> Exchange:
+    """Read a response: JSON as what it means, a stream as its chunks."""
+    # Serve's proxy repeats X-Request-ID.
+    listed = {name.lower(): sorted({value for one, value in headers if one == name}) for name, _ in sorted(headers)}
+    body: Any = text
+    content_type = "".join(listed.get("content-type", []))
+    if content_type == "application/json":
+        body = json.loads(text)
+    elif content_type.startswith("text/event-stream"):
+        body = chunks_of(text)
+    return {"status": status, "headers": listed, "body": body}
+
+
+def chunks_of(text: str) -> list[Any]:
+    """Read a stream. Where its text is cut depends on time: neighbouring pieces are joined, comments left out."""
+    events = (event.removeprefix("data: ") for event in text.split("\n\n") if event.startswith("data: "))
+    chunks: list[Any] = []
+    for chunk in (event if event == "[DONE]" else json.loads(event) for event in events):
+        if chunks and _content_of(chunk) and _content_of(chunks[-1]):
+            chunks[-1]["choices"][0]["delta"]["content"] += _content_of(chunk)
+        else:
+            chunks.append(chunk)
+    if "error" in chunks[-1]:
+        # How far it came is a matter of time too.
+        chunks = [chunk for chunk in chunks if not _content_of(chunk)]
+    return chunks
+
+
+def text_of(exchange: Exchange) -> str:
+    """The answer of a completion, streamed or whole."""
+    body = exchange["body"]
+    if isinstance(body, list):
+        return "".join(_content_of(chunk) for chunk in body)
+    return str(body["choices"][0]["message"]["content"])
+
+
+def _content_of(chunk: Any) -> str:
+    if isinstance(chunk, dict) and chunk.get("choices"):
+        return chunk["choices"][0]["delta"].get("content") or ""
+    return ""
+
+
+def declared_only(path: str, num_bytes: int) -> Send:
+    """Declare a body of that size, and wait for the answer before sending it."""
+
+    def send(service: RunningService) -> Exchange:
+        connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=TIMEOUT_S)
+        try:
+            connection.putrequest("POST", path)
+            connection.putheader("Content-Type", "application/json")
+            connection.putheader("Content-Length", str(num_bytes))
+            connection.putheader("X-Request-ID", "declared-only")
+            connection.endheaders()
+            response = connection.getresponse()
+            return exchange_of(response.status, response.getheaders(), response.read().decode())
+        finally:
+            connection.close()
+
+    return send
+
+
+def leaving(path: str, body: Mapping[str, Any]) -> Send:
+    """Ask, leave while the engine is generating, and see that it stops."""
+
+    def send(service: RunningService) -> Exchange:
+        connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=TIMEOUT_S)
+        response = None
+        try:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            if body.get("stream"):
+                response = connection.getresponse()
+                response.readline()
+            _seconds_until(service, num_running=1, at_most_s=20)
+        finally:
+            if response:
+                response.close()
+            connection.close()
+        took_s = _seconds_until(service, num_running=0, at_most_s=20)
+        return {"body": {"freed": "within a second" if took_s < 1 else f"after {took_s:.1f} s"}}
+
+    return send
+
+
+def _seconds_until(service: RunningService, *, num_running: int, at_most_s: float) -> float:
+    started = time.monotonic()
+    while service.readiness()["parts"]["llm"].get("num_running") != num_running:
+        if time.monotonic() - started > at_most_s:
+            raise TimeoutError(f"the engine did not come to {num_running} requests within {at_most_s:g} s")
+    return time.monotonic() - started
