@@ -5,12 +5,14 @@ The test process is no part of it. It deploys as a user does, with `serve deploy
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,16 @@ ENVIRONMENT = {
 class RunningCluster:
     """A cluster with Serve; nodes come and go by `add` and `remove`."""
 
-    def __init__(self, cluster: Cluster, dashboard: str) -> None:
+    def __init__(self, cluster: Cluster, dashboard: str, environment: Mapping[str, str]) -> None:
         self._cluster = cluster
+        self._environment = environment
         self.dashboard = dashboard
         self.url = ""
 
     def add(self, **resources: float) -> Any:
         """Add a node and return it; `node.node_id` is its id."""
-        return self._cluster.add_node(**resources)
+        with _environment(self._environment):
+            return self._cluster.add_node(**resources)
 
     def nodes(self) -> list[Any]:
         """All nodes but the head."""
@@ -64,7 +68,7 @@ class RunningCluster:
         program = Path(sys.executable).with_name("serve")
         done = subprocess.run(
             [str(program), "deploy", str(config), "--address", self.dashboard],
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **self._environment},
             capture_output=True,
             text=True,
             timeout=120,
@@ -161,26 +165,37 @@ class Load:
 
 
 @contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Let processes that are started inside see these variables."""
+    previous = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(previous)
+
+
+@contextlib.contextmanager
 def running_cluster(*nodes: dict[str, float]) -> Iterator[RunningCluster]:
     """Start a head without CPUs, and the given nodes; stop all of it in the end."""
-    previous = dict(os.environ)
-    os.environ.update(ENVIRONMENT)
     port = free_port()
-    try:
+    # Apart from any other Ray of this machine. The path is short, since sockets stand in it.
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    environment = {**ENVIRONMENT, "RAY_TMPDIR": folder}
+    with _environment(environment):
         cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port},
         )
-    finally:
-        os.environ.clear()
-        os.environ.update(previous)
-    found = RunningCluster(cluster, f"http://127.0.0.1:{port}")
+    found = RunningCluster(cluster, f"http://127.0.0.1:{port}", environment)
     try:
         for resources in nodes:
             found.add(**resources)
         yield found
     finally:
         cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_cluster_config(folder: Path, topology: str, *, port: int | None = None, **application: Any) -> Path:

@@ -77,9 +77,11 @@ def write_config(folder: Path, *, topology: str = "three_tier", port: int | None
 def start(config: Path, output: Path) -> RunningService:
     port = yaml.safe_load(config.read_text(encoding="utf-8"))["http_options"]["port"]
     program = Path(sys.executable).with_name("cleave")
+    # A Ray of its own: without an address, Ray joins whichever cluster runs on this machine, and Serve one in it.
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [str(program), "serve", str(config)], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=dict(os.environ)
+            [str(program), "serve", str(config)], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
         )
     return RunningService(process, f"http://127.0.0.1:{port}", output)
 

@@ -1,9 +1,13 @@
 """The architecture as a test: a module of app/ imports only from lower layers, and Ray stays in deployments/."""
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from app.config import DEPLOYMENTS
 
 APP = Path(__file__).parent.parent / "app"
 LAYERS = [
@@ -23,6 +27,13 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 MODULES = sorted(APP.rglob("*.py"))
+
+KNOW_THE_FILE = {"config", "launcher", "doctor"}
+"""They read the Serve config, so they may tell topologies apart."""
+TOPOLOGY = re.compile(rf"topolog|\b(?:{'|'.join(DEPLOYMENTS)})\b", re.IGNORECASE)
+DEPLOYMENT_NAMES = {name for names in DEPLOYMENTS.values() for name in names}
+IMPLEMENTATIONS = re.compile(r"(?:Handle|Engine|LocalRetriever)$")
+"""What stands behind the two interfaces: whoever asks which one it was given branches on the topology."""
 
 
 def area(path: Path) -> str:
@@ -60,3 +71,48 @@ def test_no_module_of_the_service_imports_ray(path: Path) -> None:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not any(name.split(".")[0] in ("ray", "deployments") for name in names)
+
+
+def docstrings(tree: ast.AST) -> set[ast.AST]:
+    """The strings that stand for themselves."""
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+
+
+def topology_named(tree: ast.AST) -> Iterator[str]:
+    """Find what code that cannot know its topology would not say."""
+    prose = docstrings(tree)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Constant(value=str(text)) if node not in prose:
+                found = TOPOLOGY.search(text) is not None or text in DEPLOYMENT_NAMES
+            case ast.Name(id=text) | ast.Attribute(attr=text) | ast.arg(arg=text) | ast.alias(name=text):
+                found = TOPOLOGY.search(text) is not None or text == "DEPLOYMENTS"
+            case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, kind]):
+                text = ast.unparse(kind)
+                found = any(IMPLEMENTATIONS.search(name) for name in re.findall(r"\w+", text))
+            case _:
+                continue
+        if found:
+            yield f"line {getattr(node, 'lineno', '?')}: {text}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(APP)))
+def test_core_code_has_no_branch_on_the_topology(path: Path) -> None:
+    if area(path) not in KNOW_THE_FILE:
+        assert not list(topology_named(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "if settings.topology: pass",
+        "if name == 'monolith': pass",
+        "path = 'deployments.application:two_tier'",
+        "from app.config import DEPLOYMENTS",
+        "handle = get('Retriever')",
+        "isinstance(self._llm, LLMHandle)",
+        "isinstance(llm, (int, VLLMEngine))",
+    ],
+)
+def test_a_branch_on_the_topology_is_found(code: str) -> None:
+    assert list(topology_named(ast.parse(code)))

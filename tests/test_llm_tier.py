@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.running_cluster import Load, RunningCluster, ask, running_cluster, write_cluster_config
+from tests.running_cluster import QUESTION, Load, RunningCluster, ask, running_cluster, write_cluster_config
 from tests.running_service import free_port
 from tests.tiny_models import make_model
 
@@ -119,7 +120,8 @@ SCALED_TO_ZERO = {
 
 def test_a_tier_scaled_to_zero_quotes_at_once_and_a_request_wakes_it(cluster: RunningCluster, folder: Path) -> None:
     cluster.deploy(write_config(folder, "alpha", **SCALED_TO_ZERO))
-    cluster.wait_until(lambda: cluster.parts()["llm"]["status"] == "cold")
+    cluster.wait_until(cluster.answers)
+    cluster.wait_until(lambda: cluster.deployments().get("LLM", {}).get("replicas") == [])
     for _ in range(20):  # A monitor is no request.
         assert cluster.parts()["llm"]["status"] == "cold"
     assert not cluster.deployments()["LLM"]["replicas"]
@@ -139,11 +141,13 @@ def test_a_tier_scaled_to_zero_quotes_at_once_and_a_request_wakes_it(cluster: Ru
 def test_by_configuration_a_cold_tier_answers_503_and_says_when_to_come_back(
     cluster: RunningCluster, folder: Path
 ) -> None:
+    before = business(cluster)["Ingress"]
     cluster.deploy(write_config(folder, "alpha", answer={"without_llm": "error"}, **SCALED_TO_ZERO))
-
-    def refusal() -> dict[str, Any]:
-        status, body = ask(cluster.url)
-        return body["error"] if status == 503 else {}
-
-    cluster.wait_until(lambda: refusal().get("code") == "llm_cold")
+    cluster.wait_until(lambda: bool(cluster.replicas("Ingress")) and not before & business(cluster)["Ingress"])
+    cluster.wait_until(lambda: cluster.parts()["llm"]["status"] == "cold")
+    body = {"messages": [{"role": "user", "content": QUESTION}]}
+    response = httpx.post(f"{cluster.url}/v1/chat/completions", json=body, trust_env=False, timeout=30)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "llm_cold"
+    assert 1 <= int(response.headers["Retry-After"]) <= 60
     cluster.wait_until(lambda: says(cluster, "alpha"))

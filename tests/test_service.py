@@ -278,18 +278,6 @@ def test_a_service_killed_in_the_middle_of_an_ingestion_keeps_whole_documents(
         assert not [one for one in descendants if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("topology", ["monolith", "two_tier"])
-def test_the_other_topologies_answer_too(tmp_path: Path, topology: str) -> None:
-    config = write_config(
-        tmp_path,
-        topology=topology,
-        seed=str(ROOT / "examples" / "articles"),
-        llm={"device": "cpu", "engine": "extractive"},
-    )
-    with running(config) as service:
-        assert "52 minutes" in ask(service.url, QUESTION)["choices"][0]["message"]["content"]
-
-
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -12,7 +12,17 @@ import yaml
 
 from tests.running_service import ROOT, free_port, running
 from tests.test_docs import code_of, rows, section
-from tests.transcript import Exchange, Request, declared_only, leaving, normalised, record, text_of
+from tests.transcript import (
+    Exchange,
+    Request,
+    chunks_of,
+    declared_only,
+    exchange_of,
+    leaving,
+    normalised,
+    record,
+    text_of,
+)
 
 CONFIGS = {
     "three_tier": "serve_config.yaml",
@@ -37,6 +47,7 @@ OUTAGE = "How long did the Reading Room outage on 14 October 2025 last?"
 QUESTIONS = [
     json.loads(line) for line in (ROOT / "examples" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
 ]
+NOTICED = "When did the Reading Room outage begin and end, and who noticed it?"
 SECTION = "How long may a section be before it is split, according to Marit Oldershaw?"
 CANARY = "What share of conversations does the Reading Room canary receive, and for how long?"
 STORY = "Write a very long story about a lighthouse."
@@ -90,14 +101,10 @@ def said(*turns: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
 
 
-def questions() -> dict[str, Request]:
-    """Ask as many of the sample questions as show each way to answer."""
-    chosen = {"mixed": [1], "quotes": [0, 5], "model": [11, 12, 19], "refused": [20, 21]}
-    return {
-        f"question-{how}-{number}": ask(QUESTIONS[number]["question"], QUESTIONS[number]["answer"] or REFUSAL)
-        for how, numbers in chosen.items()
-        for number in numbers
-    }
+def sample(number: int, how: str) -> Request:
+    """Ask one of the sample questions."""
+    question = QUESTIONS[number]
+    return ask(question["question"], question["answer"] or REFUSAL, grounded(how))
 
 
 UNSUPPORTED: dict[str, Any] = {
@@ -122,7 +129,13 @@ REQUESTS: dict[str, Request] = {
     "api-description": get("/openapi.json", holds=("/v1/chat/completions",)),
     "api-page": get("/docs", holds=("swagger",)),
     # Answers.
-    **questions(),
+    "question-outage": sample(11, "model"),
+    "question-canary": sample(13, "model"),
+    "question-mixed": ask(NOTICED, "52 minutes", grounded("mixed")),
+    "question-batching": sample(0, "quotes"),
+    "question-cold-start": sample(5, "quotes"),
+    "question-football": sample(20, "refused"),
+    "question-egg": sample(21, "refused"),
     "stream-model": stream(OUTAGE, "52 minutes", "[DONE]"),
     "stream-quotes": stream(QUESTIONS[0]["question"], "from 2.4 s to 600 ms", "[DONE]"),
     "stream-refused": stream(QUESTIONS[20]["question"], REFUSAL, "[DONE]"),
@@ -134,9 +147,6 @@ REQUESTS: dict[str, Request] = {
             {"role": "system", "content": "Be brief."},
             *said("What is Reading Room?", "A chat service of the Lanternfish wiki.", OUTAGE),
         ],
-    ),
-    "conversation-in-parts": ask(
-        "", "52 minutes", messages=[{"role": "user", "content": [{"type": "text", "text": OUTAGE}]}]
     ),
     "conversation-too-long": ask(
         "", "52 minutes", "history_trimmed", messages=said("word " * 9000, "I see.", OUTAGE), max_tokens=40
@@ -222,19 +232,19 @@ REQUESTS: dict[str, Request] = {
         415,
         "unsupported_media_type",
     ),
+    "own-request-id": get("/livez", holds=('"ok"',), headers={"X-Request-ID": "mine-1"}),
     "own-request-id-refused": get("/livez", headers={"X-Request-ID": "not sane!"}),
     # Documents. From here on the collection changes.
     "list": get("/v1/documents", holds=('"total": 14', '"has_more": false')),
     "list-page": get("/v1/documents?limit=3", holds=('"has_more": true',)),
-    "list-next-page": get("/v1/documents?limit=3&after=chunk-by-heading.md"),
-    "read": get("/v1/documents/chunk-by-heading.md", holds=("900 tokens",)),
+    "list-next-page": get("/v1/documents?limit=3&after=articles/chunk-by-heading.md"),
+    "read": get("/v1/documents/articles/chunk-by-heading.md", holds=("900 tokens",)),
     "create": post("/v1/documents", herons(3), holds=('"created"', '"failed"', "has no text")),
     "create-again": post("/v1/documents", herons(3), holds=('"unchanged"',)),
     "update": post("/v1/documents", herons(9), holds=('"updated"',)),
     "read-created": get(HERON_PATH, holds=("9 May", '"team": "ponds"')),
     "ask-created": ask(HERONS, "9 May", f"http://service/v1/documents/{quote(HERON_ID)}#"),
-    "stream-created": stream(HERONS, "9 May", f"http://service/v1/documents/{quote(HERON_ID)}#"),
-    "ask-created-by-number": ask(HERONS, "9 May", rag={"filters": {"round": 2}}),
+    "search-created-by-number": post("/v1/search", {"query": HERONS, "filters": {"round": 2}}, holds=("9 May",)),
     "upload": upload(
         {
             "storks.md": b"---\nauthor: Ada\n---\n# Storks\n\nNine storks nest on the mill of Dunmere.",
@@ -269,7 +279,7 @@ REQUESTS: dict[str, Request] = {
     "delete": Request("DELETE", HERON_PATH, holds=('"deleted": true',)),
     "delete-again": Request("DELETE", HERON_PATH, status=404, code="document_not_found"),
     "read-deleted": get(HERON_PATH, 404, "document_not_found"),
-    "ask-deleted": ask(HERONS),
+    "ask-deleted": ask(HERONS, REFUSAL),
     "filter-deleted": ask(HERONS, rag={"filters": {"team": "ponds"}}),
     "delete-uploaded": Request("DELETE", "/v1/documents/storks.md", holds=('"deleted": true',)),
     "list-deleted": get("/v1/documents", holds=('"total": 15',)),
@@ -277,9 +287,9 @@ REQUESTS: dict[str, Request] = {
     # Time runs out, and clients leave.
     "deadline-of-retrieval": ask(OUTAGE, "retrieval", status=504, code="deadline_exceeded", rag={"timeout_s": 0.001}),
     "deadline-of-generation": ask(
-        STORY, "the answer", status=504, code="deadline_exceeded", rag={"timeout_s": 2}, model=RAW, max_tokens=4000
+        STORY, "the answer", status=504, code="deadline_exceeded", rag={"timeout_s": 1}, model=RAW, max_tokens=4000
     ),
-    "deadline-in-stream": stream(STORY, "deadline_exceeded", rag={"timeout_s": 3}, model=RAW, max_tokens=4000),
+    "deadline-in-stream": stream(STORY, "deadline_exceeded", rag={"timeout_s": 4}, model=RAW, max_tokens=4000),
     **{
         f"leaving-{kind}": Request(
             "POST",
@@ -296,4 +306,132 @@ REQUESTS: dict[str, Request] = {
     "answer-in-the-end": ask(OUTAGE, "52 minutes", grounded("model")),
 }
 
-slow = [pytest.mark.slow, pytest.mark.timeout(900)]
+SAME_TEXT = {
+    "stream-model": "question-outage",
+    "stream-quotes": "question-batching",
+    "stream-refused": "question-football",
+    "stream-without-usage": "question-outage",
+}
+"""Streams, and the requests for the same answer as a whole."""
+
+slow = pytest.mark.slow
+each_topology = pytest.mark.parametrize("topology", CONFIGS)
+each_request = pytest.mark.parametrize("name", REQUESTS)
+
+
+@pytest.fixture(scope="module")
+def transcripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Exchange]]:
+    """Run the topologies one after the other, and write down what each answers."""
+    folder = tmp_path_factory.mktemp("topologies")
+    found = {}
+    for topology in CONFIGS:
+        try:
+            with running(write_shipped_config(topology, folder)) as service:
+                found[topology] = record(service, REQUESTS)
+        except BaseException as error:
+            error.add_note(f"This was {topology}, {CONFIGS[topology]}.")
+            raise
+    return found
+
+
+def write_shipped_config(topology: str, folder: Path) -> Path:
+    """Copy a config of the repository; what this machine demands is changed, and nothing else."""
+    config = yaml.safe_load((ROOT / CONFIGS[topology]).read_text(encoding="utf-8"))
+    own = folder / topology
+    config["http_options"]["port"] = free_port()
+    config["applications"][0]["args"]["data_dir"] = str(own / "data")
+    config["applications"][0]["args"]["llm"]["device"] = "cpu"
+    models = folder / "models"  # Prepared once for all.
+    models.mkdir(exist_ok=True)
+    (own / "data").mkdir(parents=True)
+    (own / "data" / "models").symlink_to(models)
+    path = own / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@slow
+@pytest.mark.timeout(1500)
+@each_topology
+@each_request
+def test_a_response_is_what_the_api_promises(
+    transcripts: dict[str, dict[str, Exchange]], name: str, topology: str
+) -> None:
+    request, exchange = REQUESTS[name], transcripts[topology][name]
+    shown = json.dumps(exchange, ensure_ascii=False, indent=2)
+    body = json.dumps(exchange.get("body"), ensure_ascii=False)
+    assert exchange.get("status", request.status) == request.status, shown
+    assert not request.code or exchange["body"]["error"]["code"] == request.code, shown
+    assert not [text for text in request.holds if text not in body], shown
+
+
+@slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("topology", OTHERS)
+@each_request
+def test_every_topology_answers_the_same(transcripts: dict[str, dict[str, Exchange]], name: str, topology: str) -> None:
+    expected, found = transcripts[REFERENCE][name], transcripts[topology][name]
+    assert found == expected, difference(expected, found, topology)
+
+
+@slow
+@pytest.mark.timeout(1500)
+@each_topology
+@pytest.mark.parametrize(("streamed", "whole"), SAME_TEXT.items())
+def test_a_stream_says_the_same_as_a_whole_answer(
+    transcripts: dict[str, dict[str, Exchange]], topology: str, streamed: str, whole: str
+) -> None:
+    assert text_of(transcripts[topology][streamed]) == text_of(transcripts[topology][whole])
+
+
+def difference(expected: Exchange, found: Exchange, topology: str) -> str:
+    """Show where two exchanges differ, line by line."""
+    before, after = (json.dumps(one, ensure_ascii=False, indent=2).splitlines() for one in (expected, found))
+    return "\n".join(["", *difflib.unified_diff(before, after, REFERENCE, topology, lineterm="", n=8)])
+
+
+def test_every_error_that_a_client_can_cause_is_asked_for() -> None:
+    named = {code_of(row[1]) for row in rows(section("Errors")) if len(row) > 1} - {"", "code"}
+    assert named > NOT_ASKED_FOR
+    asked_for = {request.code for request in REQUESTS.values()} - {""}
+    assert asked_for == named - NOT_ASKED_FOR
+
+
+def test_only_ids_times_and_addresses_are_normalised() -> None:
+    made, url = "0123456789abcdef" * 2, "http://127.0.0.1:4321"
+    body = {
+        "id": f"chatcmpl-{made}",
+        "created": 1_795_265_187,
+        "rag": {"request_id": made, "timings_ms": {"total": 3.5, "retrieve": 1.2}, "cited": [1]},
+        "choices": [{"url": f"{url}/v1/documents/x#0", "text": f"at {made}", "date": "2026-01-20"}],
+        "content_hash": made * 2,
+    }
+    assert normalised(body, url) == {
+        "id": "<id>",
+        "created": "<created>",
+        "rag": {"request_id": "<id>", "timings_ms": {"retrieve": "<ms>", "total": "<ms>"}, "cited": [1]},
+        "choices": [{"url": "http://service/v1/documents/x#0", "text": f"at {made}", "date": "2026-01-20"}],
+        "content_hash": made * 2,
+    }
+
+
+def test_headers_are_read_once_and_without_times() -> None:
+    headers = [("Date", "now"), ("X-Request-ID", "a"), ("x-request-id", "a"), ("Allow", "GET")]
+    assert exchange_of(405, headers, "no")["headers"] == {"allow": ["GET"], "date": ["<date>"], "x-request-id": ["a"]}
+
+
+def test_a_stream_is_read_without_regard_to_where_its_text_is_cut() -> None:
+    def piece(text: str, **more: Any) -> dict[str, Any]:
+        return {"choices": [{"delta": {"content": text}}], **more}
+
+    def sent(*chunks: Any) -> str:
+        return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+
+    start = piece("", rag={})
+    end: dict[str, Any] = {"choices": [{"delta": {}}]}
+    expected = [start, piece("one two"), end, "[DONE]"]
+    done = "data: [DONE]\n\n"
+    assert chunks_of(sent(start, piece("one "), piece("two"), end) + done) == expected
+    assert chunks_of(sent(start) + ": ping\n\n" + sent(piece("o"), piece("ne two"), end) + done) == expected
+    broken = sent(start, piece("one"), {"error": {"code": "x"}})
+    assert chunks_of(broken) == [start, {"error": {"code": "x"}}]

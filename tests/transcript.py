@@ -19,17 +19,11 @@ Send: TypeAlias = Callable[[RunningService], Exchange]
 TIMEOUT_S = 180.0
 NUM_ATTEMPTS = 3
 LATE = ("llm_timeout", "llm_unavailable")
-VARIABLE = {
-    "created",
-    "ingested_at",
-    "kv_cache_usage",
-    "content-length",
-    "date",
-    "last-modified",
-    "openai-processing-ms",
-}
-"""Times, what depends on times, and the length of bodies that hold some."""
-GIVEN_ID = re.compile(r"\bchatcmpl-[0-9a-f]{32}\b|\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|\b[0-9a-f]{32}\b")
+TIMES = {"created", "ingested_at", "kv_cache_usage"}
+"""Keys of a body whose values depend on time."""
+TRANSPORT = {"content-length", "date", "openai-processing-ms"}
+"""Headers that do; the length is that of a body with times."""
+GIVEN_ID = re.compile(r"chatcmpl-[0-9a-f]{32}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +48,14 @@ def record(service: RunningService, requests: Mapping[str, Request]) -> dict[str
             for _ in range(NUM_ATTEMPTS):
                 transcript[name] = normalised(_exchange(service, client, name, request), service.url)
                 # A busy machine may be too late for an answer, which tells nothing about the topology.
-                if not any(word in json.dumps(transcript[name]) for word in LATE):
+                if not _is_late(transcript[name]):
                     break
     return transcript
+
+
+def _is_late(exchange: Exchange) -> bool:
+    body = exchange.get("body")
+    return not isinstance(body, str) and any(word in json.dumps(body) for word in LATE)
 
 
 def normalised(value: Any, url: str) -> Any:
@@ -67,12 +66,12 @@ def normalised(value: Any, url: str) -> Any:
         case list():
             return [normalised(one, url) for one in value]
         case str():
-            return GIVEN_ID.sub("<id>", value.replace(url, "http://service"))
+            return "<id>" if GIVEN_ID.fullmatch(value) else value.replace(url, "http://service")
     return value
 
 
 def _without_times(key: str, value: Any, url: str) -> Any:
-    if key in VARIABLE:
+    if key in TIMES:
         return f"<{key}>"
     if key == "timings_ms":
         return dict.fromkeys(sorted(value), "<ms>")
@@ -93,8 +92,9 @@ def _exchange(service: RunningService, client: httpx.Client, name: str, request:
 
 def exchange_of(status: int, headers: Sequence[tuple[str, str]], text: str) -> Exchange:
     """Read a response: JSON as what it means, a stream as its chunks."""
-    # Serve's proxy repeats X-Request-ID.
-    listed = {name.lower(): sorted({value for one, value in headers if one == name}) for name, _ in sorted(headers)}
+    listed: dict[str, list[str]] = {}
+    for name, value in sorted({(name.lower(), value) for name, value in headers}):  # Serve repeats X-Request-ID.
+        listed.setdefault(name, []).append(f"<{name}>" if name in TRANSPORT else value)
     body: Any = text
     content_type = "".join(listed.get("content-type", []))
     if content_type == "application/json":
