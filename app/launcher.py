@@ -37,6 +37,8 @@ QUIET_ENVIRONMENT = {
     # Ray's future behaviour for replicas without a GPU; it warns about the present one at each start.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "PYTHONUNBUFFERED": "1",
+    # A Ray of its own. Otherwise `serve run` would join whichever one runs here, and replace what it serves.
+    "RAY_ADDRESS": "local",
 }
 FATAL = re.compile(
     r"app\.errors\.(?:ConfigurationError|CollectionMismatch): (?P<message>.+)"

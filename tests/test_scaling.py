@@ -96,7 +96,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
             "three_tier",
             args={
                 "store": {"kind": "server", "url": store},
-                "llm": {"device": "cpu", "model": str(model), "max_num_seqs": 2, "stream_interval": 1},
+                "llm": {"device": "cpu", "model": str(model), "max_num_seqs": 2, "num_threads": 1},
             },
             deployments=[
                 {
@@ -114,6 +114,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         )
         found.deploy(config)
         found.wait_until_running()
+        found.wait_until(lambda: found.parts()["llm"]["status"] == "ok")
         yield found
 
 
@@ -166,7 +167,7 @@ async def burst(cluster: RunningCluster, ask: Any, num_clients: int) -> AsyncIte
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("tier", "ask", "num_clients"), [("LLM", generation, 6), ("Retriever", search, 8), ("Ingress", slow_upload, 20)]
+    ("tier", "ask", "num_clients"), [("LLM", generation, 4), ("Retriever", search, 8), ("Ingress", slow_upload, 20)]
 )
 async def test_a_burst_makes_its_tier_grow_and_shrink_and_leaves_the_others(
     cluster: RunningCluster, tier: str, ask: Any, num_clients: int
@@ -179,7 +180,7 @@ async def test_a_burst_makes_its_tier_grow_and_shrink_and_leaves_the_others(
         return seen[-1][tier] == 2
 
     async with burst(cluster, ask, num_clients) as statuses:
-        await asyncio.to_thread(cluster.wait_until, has_grown, 120)
+        await asyncio.to_thread(cluster.wait_until, has_grown, 180)
     await asyncio.to_thread(cluster.wait_until, lambda: num_replicas(cluster) == ONE, 120)
     assert set(statuses) == {200}
     others = set(ONE) - {tier}

@@ -133,13 +133,12 @@ REQUESTS: dict[str, Request] = {
     "question-canary": sample(13, "model"),
     "question-mixed": ask(NOTICED, "52 minutes", grounded("mixed")),
     "question-batching": sample(0, "quotes"),
-    "question-cold-start": sample(5, "quotes"),
     "question-football": sample(20, "refused"),
     "question-egg": sample(21, "refused"),
     "stream-model": stream(OUTAGE, "52 minutes", "[DONE]"),
     "stream-quotes": stream(QUESTIONS[0]["question"], "from 2.4 s to 600 ms", "[DONE]"),
     "stream-refused": stream(QUESTIONS[20]["question"], REFUSAL, "[DONE]"),
-    "stream-without-usage": ask(OUTAGE, "52 minutes", "[DONE]", stream=True),
+    "stream-without-usage": ask(QUESTIONS[20]["question"], REFUSAL, "[DONE]", stream=True),
     "conversation": ask(
         "",
         "52 minutes",
@@ -152,7 +151,6 @@ REQUESTS: dict[str, Request] = {
         "", "52 minutes", "history_trimmed", messages=said("word " * 9000, "I see.", OUTAGE), max_tokens=40
     ),
     "author": ask(SECTION, "900 tokens", rag={"filters": {"author": "Marit Oldershaw"}}),
-    "authors": ask(CANARY, "48 hours", rag={"filters": {"author": ["Noor Hallivant", "Marit Oldershaw"]}}),
     "author-unknown": ask(OUTAGE, "No document matches", grounded("refused"), rag={"filters": {"author": "Nobody"}}),
     "top-k": ask(OUTAGE, "52 minutes", '"presented": [1]', rag={"top_k": 1}),
     "top-k-many": ask(QUESTIONS[20]["question"], '"n": 20', rag={"top_k": 20}),
@@ -168,6 +166,11 @@ REQUESTS: dict[str, Request] = {
     "search-top-k": post("/v1/search", {"query": "KV cache", "top_k": 12}, holds=('"n": 12',)),
     "search-author": post(
         "/v1/search", {"query": "chunk size", "filters": {"author": "Teodor Vaskelin"}}, holds=("256 tokens",)
+    ),
+    "search-authors": post(
+        "/v1/search",
+        {"query": CANARY, "filters": {"author": ["Noor Hallivant", "Marit Oldershaw"]}},
+        holds=("48 hours",),
     ),
     "search-author-unknown": post("/v1/search", {"query": OUTAGE, "filters": {"author": "Nobody"}}, holds=("[]",)),
     # Wrong requests.
@@ -289,7 +292,7 @@ REQUESTS: dict[str, Request] = {
     "deadline-of-generation": ask(
         STORY, "the answer", status=504, code="deadline_exceeded", rag={"timeout_s": 1}, model=RAW, max_tokens=4000
     ),
-    "deadline-in-stream": stream(STORY, "deadline_exceeded", rag={"timeout_s": 4}, model=RAW, max_tokens=4000),
+    "deadline-in-stream": stream(STORY, "deadline_exceeded", rag={"timeout_s": 3}, model=RAW, max_tokens=4000),
     **{
         f"leaving-{kind}": Request(
             "POST",
@@ -310,7 +313,7 @@ SAME_TEXT = {
     "stream-model": "question-outage",
     "stream-quotes": "question-batching",
     "stream-refused": "question-football",
-    "stream-without-usage": "question-outage",
+    "stream-without-usage": "question-football",
 }
 """Streams, and the requests for the same answer as a whole."""
 

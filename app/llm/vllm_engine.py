@@ -97,13 +97,15 @@ class VLLMEngine:
         """Say what is served; see `app.llm.LLM.info`."""
         with _translated_errors():
             await self._engine.check_health()
+        num_running = self._engine.get_num_unfinished_requests()
         return ModelInfo(
             id=self._model,
             engine="vllm",
             context_window=self._context_window,
-            num_running=self._engine.get_num_unfinished_requests(),
+            num_running=num_running,
             max_num_seqs=self._engine.vllm_config.scheduler_config.max_num_seqs,
-            kv_cache_usage=self._cache_meter.usage,
+            # An idle engine takes no steps, and says nothing.
+            kv_cache_usage=self._cache_meter.usage if num_running else 0.0,
         )
 
     async def close(self) -> None:
