@@ -292,3 +292,30 @@ def test_a_wrong_setting_ends_the_start_in_one_line(tmp_path: Path, args: dict[s
     assert len(complaint) == 1
     assert said in complaint[0]
     assert "Traceback" not in service.output
+
+
+def test_a_start_that_waits_for_a_node_says_so_and_so_does_the_doctor(tmp_path: Path) -> None:
+    config = write_config(tmp_path, llm={"device": "gpu", "engine": "extractive"})
+    service = start(config, tmp_path / "output.txt")
+    try:
+        why = "LLM asks for 0.4 CPU, 1 GPU per replica, and no node has as much"
+        wait_until(lambda: f"waiting: {why}" in service.output, seconds=120)
+        parts = service.readiness()["parts"]
+        assert why in parts["llm"]["error"]
+        log = (tmp_path / "data" / "logs" / "serve.log").read_text(encoding="utf-8")
+        assert "the language model cannot be placed" in log
+        found = re.search(r"View the dashboard at \S*?(http\S*?:\d+)", log)
+        assert found
+        doctor = subprocess.run(
+            [str(BIN / "cleave"), "doctor", "--config", str(config), "--json"],
+            env={**os.environ, "RAY_DASHBOARD_ADDRESS": found[1]},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        placement = next(one for one in json.loads(doctor.stdout) if one["name"] == "placement")
+        assert placement["status"] == "failed"
+        assert why in placement["detail"]
+    finally:
+        service.stop()
