@@ -310,7 +310,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             with store(options.qdrant) as store_url:
                 described = application(store_url, policy=policy, target=target, engine_options=engine_options)
                 with served(described, ENVIRONMENT) as addresses:
-                    recording = asyncio.run(record(addresses, [(name, ask, num_clients, 90)], rest_s=45, shot=None))
+                    recording = asyncio.run(record(addresses, [(name, ask, num_clients, 75)], rest_s=20, shot=None))
             found[f"{name}, {policy_name}"] = summary(recording)["phases"][0]
             print(f"{name}, {policy_name}: {json.dumps(found[f'{name}, {policy_name}'])}", flush=True)
     return found
