@@ -37,6 +37,8 @@ QUIET_ENVIRONMENT = {
     # Ray's future behaviour for replicas without a GPU; it warns about the present one at each start.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "PYTHONUNBUFFERED": "1",
+    # What Serve's proxy answers by itself has the shape of the API's errors.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares",
     # A Ray of its own. Otherwise `serve run` would join whichever one runs here, and replace what it serves.
     "RAY_ADDRESS": "local",
 }

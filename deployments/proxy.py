@@ -1,0 +1,70 @@
+"""What Serve's proxy answers by itself, as the API's error objects: no replica yet, a full queue, a lost replica.
+
+Serve loads `middlewares` where the environment of its proxies has
+`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares`; `cleave serve` sets it.
+"""
+
+from collections.abc import Sequence
+
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import error_body
+from app.errors import CleaveError, DeadlineExceeded, Overloaded, Unavailable
+
+OWN_HEADER = b"openai-processing-ms"
+"""Every answer of an Ingress has it."""
+PROXY_PATHS = "/-/"
+LOST = "The replica that held this request was lost. Try again."
+
+
+def middlewares() -> list[Middleware]:
+    """Give what the proxy wraps its application with."""
+    return [Middleware(ProxyErrors)]
+
+
+class ProxyErrors:
+    """Puts an error object in place of what no Ingress has answered."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http" or scope["path"].startswith(PROXY_PATHS):
+            await self._app(scope, receive, send)
+            return
+        start: Message | None = None
+        error: CleaveError | None = None
+
+        async def send_own(message: Message) -> None:
+            nonlocal start, error
+            if message["type"] == "http.response.start":
+                start = message
+                error = _error(message["status"], message["headers"])
+            if error is None:
+                await send(message)
+
+        await self._app(scope, receive, send_own)
+        if start is None:
+            error = Unavailable(LOST, retry_after_s=1)
+        if error is not None:
+            headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
+            await JSONResponse(error_body(error), error.status, headers)(scope, receive, send)
+
+
+def _error(status: int, headers: Sequence[tuple[bytes, bytes]]) -> CleaveError | None:
+    if any(name.lower() == OWN_HEADER for name, _ in headers):
+        return None
+    match status:
+        case 408:
+            return DeadlineExceeded("The request took longer than http_options.request_timeout_s allows.")
+        case 429:
+            return Overloaded("Too many requests are waiting. Try again shortly.", retry_after_s=2)
+        case 404 | 503:
+            # The application takes every path, so none is unknown once it is up.
+            return Unavailable("The service is starting, or too many requests are waiting.", retry_after_s=5)
+        case 500:
+            return Unavailable(LOST, retry_after_s=1)
+    return None
