@@ -404,6 +404,7 @@ READ_BY = {
     "LLM_API_KEY": ("app", "services.py"),
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": ("ray", "serve/_private/constants.py"),
     "RAY_SERVE_ENABLE_HA_PROXY": ("ray", "serve/_private/constants.py"),
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ("ray", "serve/_private/constants.py"),
     "RAY_USAGE_STATS_ENABLED": ("ray", "_common/usage/usage_constants.py"),
     "VLLM_CACHE_ROOT": ("vllm", "envs.py"),
     "VLLM_NO_USAGE_STATS": ("vllm", "envs.py"),
