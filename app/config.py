@@ -29,9 +29,13 @@ DEPLOYMENTS = {
 }
 """What each topology is made of. The documents belong to the Retriever, or to the Ingress where there is none."""
 
-# Ray Serve's own, for what the file leaves out.
+LIMITS = {"Ingress": (256, 64.0), "Retriever": (64, 16.0), "LLM": (64, 40.0)}
+"""The code's own `max_ongoing_requests` and `target_ongoing_requests`, for what the file leaves out."""
+
+# Ray Serve's own, likewise.
 SERVE_HOST = "0.0.0.0"
 SERVE_PORT = 8000
+SERVE_MAX_ONGOING_REQUESTS = 5
 SERVE_TARGET_ONGOING_REQUESTS = 2
 SERVE_AUTO_MAX_REPLICAS = 100
 
@@ -212,16 +216,15 @@ def _check_belongs(deployment: Entry, topology: str) -> None:
 def _check_scaling(deployment: Entry) -> None:
     """Refuse a target that a full replica never exceeds."""
     where = f"deployments: {deployment['name']}"
-    if deployment.get("autoscaling_config") is None or deployment.get("max_ongoing_requests") is None:
+    default_most, default_target = LIMITS.get(deployment["name"], (SERVE_MAX_ONGOING_REQUESTS, None))
+    most = _number(deployment, "max_ongoing_requests", where, default=default_most)
+    if deployment.get("autoscaling_config") is not None:
+        # It takes the place of the code's own as a whole.
+        default_target = SERVE_TARGET_ONGOING_REQUESTS
+    if default_target is None or deployment.get("num_replicas") not in (None, "auto"):
         return
     autoscaling = _mapping(deployment, "autoscaling_config", where)
-    most = _number(deployment, "max_ongoing_requests", where, default=0)
-    target = _number(
-        autoscaling,
-        "target_ongoing_requests",
-        f"{where}.autoscaling_config",
-        default=SERVE_TARGET_ONGOING_REQUESTS,
-    )
+    target = _number(autoscaling, "target_ongoing_requests", f"{where}.autoscaling_config", default=default_target)
     if target >= most:
         raise ConfigurationError(
             f"{where}: target_ongoing_requests ({target:g}) is not below max_ongoing_requests ({most:g}), so a full "

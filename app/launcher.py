@@ -94,7 +94,7 @@ def serve(config_path: Path) -> int:
 
 def check_machine(config: Config) -> None:
     """Refuse what would fail minutes later: a port in use, a full disk, a folder that cannot be written."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((config.host, config.port))
@@ -193,10 +193,16 @@ def _wait_until_ready(service: _Service, config: Config, console: Console) -> bo
             if text not in said:
                 said.add(text)
                 console.print(f"[dim]{elapsed_s:5.0f} s[/dim]  {text}", soft_wrap=True)
-        # A tier that is scaled to zero starts with the first request.
-        if readiness.get("status") == "ready" or readiness.get("parts", {}).get("llm", {}).get("status") == "cold":
+        if _is_ready(config, readiness):
             return True
         time.sleep(POLL_S)
+
+
+def _is_ready(config: Config, readiness: dict[str, Any]) -> bool:
+    """Tell whether nothing more will come: a tier scaled to zero waits for a request, another server for its owner."""
+    is_cold = readiness.get("parts", {}).get("llm", {}).get("status") == "cold"
+    is_elsewhere = readiness.get("status") == "degraded" and config.settings.llm.engine == "openai"
+    return readiness.get("status") == "ready" or is_cold or is_elsewhere
 
 
 def _progress(config: Config, readiness: dict[str, Any]) -> list[str]:
@@ -215,6 +221,8 @@ def _progress(config: Config, readiness: dict[str, Any]) -> list[str]:
         reached.append(f"retriever is ready: {held['num_documents']} documents, {held['num_chunks']} chunks")
     if parts.get("llm", {}).get("status") == "ok":
         reached.append(f"language model is ready: {parts['llm']['id']}")
+    if llm.engine == "openai" and "error" in parts.get("llm", {}):
+        reached.append(f"answers are quotes for now: {parts['llm']['error']}")
     if parts.get("llm", {}).get("status") == "cold":
         reached.append("language model is scaled to zero: the first question starts it, and is answered in quotes")
     return reached

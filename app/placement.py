@@ -21,7 +21,9 @@ def explain_waiting(deployment: str, required: Resources, nodes: Sequence[Resour
             "Add such a node (or wait, where nodes are added on demand), or lower what it asks."
         )
     if waited_s > PATIENCE_S:
-        return f"{asked}, and the nodes that have as much are full. Add one, or lower what the deployments ask."
+        return (
+            f"{asked}, and the nodes that have as much are full, or kept for the LLM. Add one, or lower what is asked."
+        )
     return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -38,6 +38,7 @@ class RetrieverHandle:
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
+        self._tier = Tier(handle.app_name, handle.deployment_name)
 
     async def search(self, query: SearchQuery) -> SearchResult:
         """See `Retriever.search`."""
@@ -67,9 +68,19 @@ class RetrieverHandle:
         """Nothing is held here: the deployment closes itself."""
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        unavailable = RetrieverUnavailable("The retriever is restarting. Try again shortly.", retry_after_s=5)
+        state = await self._tier.state()
+        why = f"cannot start: {state.waits_because}" if state.waits_because else "is restarting. Try again shortly."
+        unavailable = RetrieverUnavailable(f"The retriever {why}", retry_after_s=5)
+        if not state.num_running:
+            raise unavailable
         with _translated_errors(unavailable):
-            return await getattr(self._handle, method).remote(*args, **kwargs)
+            response = getattr(self._handle, method).remote(*args, **kwargs)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                # Leaving alone would let the retriever work on for nobody.
+                response.cancel()
+                raise
 
 
 class LLMHandle:
@@ -84,7 +95,7 @@ class LLMHandle:
         self._generate = handle.options(stream=True).generate
         self._tier = Tier(handle.app_name, handle.deployment_name)
         self._expected_start_s = expected_start_s
-        self._down_since: float | None = None
+        self._start_began: float | None = None
         self._waits_because = ""
         self._waking: asyncio.Task[None] | None = None
         self._is_suspect = True
@@ -104,11 +115,15 @@ class LLMHandle:
             try:
                 yield await self._first(stream)
                 has_answered = True
+                self._is_suspect = False
                 async for delta in stream:
                     yield delta
+            except RayError:
+                self._is_suspect = True
+                raise
             finally:
                 # Whoever gave up before the first token leaves the suspicion behind.
-                self._is_suspect = not has_answered
+                self._is_suspect |= not has_answered
                 # Leaving the loop alone would let the engine generate to the end.
                 stream.cancel()
 
@@ -129,11 +144,13 @@ class LLMHandle:
             if self._waits_because:
                 logger.warning("the language model cannot be placed", extra={"why": self._waits_because})
         if state.num_running:
-            self._down_since = None
+            self._start_began = None
             return
-        now = time.monotonic()
-        self._down_since = self._down_since or now
-        left_s = max(self._expected_start_s - (now - self._down_since), MIN_RETRY_AFTER_S)
+        if not state.scales_to_zero:
+            self._start_began = self._start_began or time.monotonic()
+        # A tier that is scaled to zero starts when it is woken.
+        passed_s = time.monotonic() - self._start_began if self._start_began else 0.0
+        left_s = max(self._expected_start_s - passed_s, MIN_RETRY_AFTER_S)
         if state.scales_to_zero:
             expected = state.waits_because or f"About {left_s:.0f} s are left."
             raise LLMCold(
@@ -153,6 +170,8 @@ class LLMHandle:
             raise LLMUnavailable("The language model's stream ended before it began.", retry_after_s=2) from None
         finally:
             first.cancel()
+            # Serve turns the cancellation into an error of its own, which nobody waits for.
+            first.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _probe(self) -> ModelInfo:
         with _translated_errors(_restarting()):
@@ -162,12 +181,13 @@ class LLMHandle:
                     found = cast(ModelInfo, await response)
             except TimeoutError:
                 response.cancel()
-                raise _restarting() from None
+                raise LLMUnavailable("The language model does not answer: it is busy.", retry_after_s=5) from None
         self._is_suspect = False
         return found
 
     def _wake(self) -> None:
         if self._waking is None:
+            self._start_began = time.monotonic()
             # In a context of its own: Serve would cancel the call together with the request that it came with.
             self._waking = asyncio.create_task(self._wait_for_a_replica(), context=contextvars.Context())
 
@@ -179,10 +199,11 @@ class LLMHandle:
                 await self._info.remote()
             self._expected_start_s = time.monotonic() - started
             logger.info("the language model has started", extra={"took_s": round(self._expected_start_s, 1)})
-        except LLMUnavailable as error:
-            logger.warning("the language model has not started", extra={"error": error.message})
+        except Exception as error:
+            logger.warning("the language model has not started", extra={"error": str(error)})
         finally:
             self._waking = None
+            self._start_began = None
 
 
 def _restarting(why: str = "", *, retry_after_s: int = 10) -> LLMUnavailable:

@@ -1,7 +1,8 @@
 """What Serve's proxy answers by itself, as the API's error objects: no replica yet, a full queue, a lost replica.
 
 Serve loads `middlewares` where the environment of its proxies has
-`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares`; `cleave serve` sets it.
+`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares`; `cleave serve` sets it. It is for clusters
+that serve nothing but Cleave, at `/`.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """The replicas of another deployment, as Serve's controller knows them."""
 
 import asyncio
+import contextvars
 import time
 from dataclasses import dataclass
 
@@ -8,9 +9,12 @@ import ray
 from ray.serve.context import _get_global_client
 
 from app.placement import waiting_replicas
+from app.telemetry import logger
 
 MAX_AGE_S = 1.0
 """How old an answer of the controller may be; asking takes it some milliseconds."""
+PATIENCE_S = 1.0
+"""A controller that is gone blocks whoever asks, while the replicas go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +34,25 @@ class Tier:
         self._deployment = deployment
         self._state = TierState(1)
         self._asked_at = -MAX_AGE_S
-        self._lock = asyncio.Lock()
+        self._asking: asyncio.Task[None] | None = None
 
     async def state(self) -> TierState:
-        """Ask the controller, unless it was asked just now."""
-        async with self._lock:
-            if time.monotonic() - self._asked_at > MAX_AGE_S:
-                self._state = await asyncio.to_thread(self._ask)
-                self._asked_at = time.monotonic()
+        """Ask the controller, unless it was asked just now. While it does not answer, the last answer holds."""
+        if self._asking is None and time.monotonic() - self._asked_at > MAX_AGE_S:
+            # In a context of its own, and one at a time: it outlives the request that it began with.
+            self._asking = asyncio.create_task(self._refresh(), context=contextvars.Context())
+        if self._asking is not None:
+            await asyncio.wait({self._asking}, timeout=PATIENCE_S)
         return self._state
+
+    async def _refresh(self) -> None:
+        try:
+            self._state = await asyncio.to_thread(self._ask)
+        except Exception:
+            logger.warning("Serve's controller does not tell how many replicas run", exc_info=True)
+        finally:
+            self._asked_at = time.monotonic()
+            self._asking = None
 
     def _ask(self) -> TierState:
         applications = _get_global_client().get_serve_details()["applications"]

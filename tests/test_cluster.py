@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from app.dashboard import waiting_in_cluster
@@ -105,3 +106,11 @@ def test_a_tier_that_finds_no_node_is_named_before_anything_answers(
         return any("Retriever asks for 64 CPU" in why and "no node has as much" in why for why in waiting)
 
     cluster.wait_until(named, 60)
+
+    def refusal() -> dict[str, Any]:
+        response = httpx.post(f"{cluster.url}/v1/search", json={"query": "x"}, trust_env=False, timeout=10)
+        return response.json()["error"] if response.status_code == 503 else {}
+
+    # The old replica may still be draining.
+    cluster.wait_until(lambda: "Retriever asks for 64 CPU" in refusal().get("message", ""), 60)
+    assert refusal()["code"] == "retriever_unavailable"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.config import Config, check_single_owner, load_config
+from app.config import LIMITS, Config, check_single_owner, load_config
 from app.errors import ConfigurationError
 from app.settings import Settings, StoreSettings
 
@@ -215,3 +215,31 @@ def test_a_deployment_that_cannot_work_is_refused(tmp_path: Path, entry: dict[st
 def test_a_deployment_of_another_topology_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, topology="monolith", deployments=[{"name": "LLM"}])
     assert "monolith has no LLM, only Ingress. Remove that entry." in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("deployment", "said"),
+    [
+        ({"name": "LLM", "autoscaling_config": {"target_ongoing_requests": 100}}, "(100) is not below .* (64)"),
+        ({"name": "Ingress", "max_ongoing_requests": 20}, "(64) is not below .* (20)"),
+    ],
+)
+def test_what_the_file_leaves_out_counts_too(tmp_path: Path, deployment: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        load_config(write(tmp_path, deployments=[deployment]))
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    from deployments import ingress, llm, retriever
+
+    for deployment in (ingress.Ingress, retriever.Retriever, llm.LLM):
+        autoscaling = deployment._deployment_config.autoscaling_config
+        assert LIMITS[deployment.name] == (deployment.max_ongoing_requests, autoscaling.target_ongoing_requests)
+
+
+def test_options_that_take_the_gpu_away_are_refused(tmp_path: Path) -> None:
+    args = {"llm": {"device": "gpu"}}
+    for options in ({"num_cpus": 2}, {"num_cpus": 2, "num_gpus": 0}):
+        with pytest.raises(ConfigurationError, match=r"LLM\.ray_actor_options has no num_gpus"):
+            load_config(write(tmp_path, args=args, deployments=[{"name": "LLM", "ray_actor_options": options}]))
+    load_config(write(tmp_path, args=args, deployments=[{"name": "LLM", "ray_actor_options": {"num_gpus": 1}}]))

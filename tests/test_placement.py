@@ -30,7 +30,7 @@ def test_other_resources_are_named_only_where_they_are_asked_for() -> None:
 def test_a_full_node_is_named_only_after_a_while() -> None:
     node = {"CPU": 8.0, "GPU": 1.0}
     assert explain_waiting("LLM", GPU_REPLICA, [node], waited_s=1) is None
-    assert "are full" in (explain_waiting("LLM", GPU_REPLICA, [node], waited_s=30) or "")
+    assert "are full, or kept for the LLM" in (explain_waiting("LLM", GPU_REPLICA, [node], waited_s=30) or "")
 
 
 def replica(state: str, *, node_id: str | None = None) -> dict[str, Any]:
