@@ -29,6 +29,7 @@ from deployments.tier import MAX_AGE_S, Tier
 
 PROBE_TIMEOUT_S = 1.0
 """A healthy engine answers in milliseconds, also while it generates."""
+WAKE_INTERVAL_S = 2.0
 MIN_RETRY_AFTER_S = 5.0
 """What is said when a start takes longer than expected."""
 
@@ -192,11 +193,11 @@ class LLMHandle:
             self._waking = asyncio.create_task(self._wait_for_a_replica(), context=contextvars.Context())
 
     async def _wait_for_a_replica(self) -> None:
-        """Keep one call waiting, which is what makes Serve start a replica, and learn how long that takes."""
+        """Keep a call waiting, which is what makes Serve start a replica, and learn how long that takes."""
         started = time.monotonic()
         try:
-            with _translated_errors(_restarting()):
-                await self._info.remote()
+            while not await self._answers():
+                pass
             self._expected_start_s = time.monotonic() - started
             logger.info("the language model has started", extra={"took_s": round(self._expected_start_s, 1)})
         except Exception as error:
@@ -204,6 +205,17 @@ class LLMHandle:
         finally:
             self._waking = None
             self._start_began = None
+
+    async def _answers(self) -> bool:
+        # Each new call to a tier without replicas is told to Serve at once; one that waits, only now and then.
+        response = self._info.remote()
+        try:
+            async with asyncio.timeout(WAKE_INTERVAL_S):
+                await response
+        except TimeoutError:
+            response.cancel()
+            return False
+        return True
 
 
 def _restarting(why: str = "", *, retry_after_s: int = 10) -> LLMUnavailable:

@@ -5,6 +5,7 @@ restart every replica. Here a deployment's version covers what it is built from,
 """
 
 import hashlib
+import uuid
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ def versioned(deployment: Deployment, *inputs: Any) -> Deployment:
     digest.update(to_json([deployment.name, *inputs]))
     own = deployment.options()
     fields = dict(own._deployment_config)
-    own._deployment_config = _VersionedConfig.model_construct(**{**fields, "version": digest.hexdigest()})
+    # Building an application makes Serve forget how its deployments scale, and it takes that up again only for those
+    # whose config differs from before. This name does, and means nothing else.
+    names = {*fields["user_configured_option_names"], f"built-{uuid.uuid4().hex}"}
+    own._deployment_config = _VersionedConfig.model_construct(
+        **{**fields, "version": digest.hexdigest(), "user_configured_option_names": names}
+    )
     return own
 
 

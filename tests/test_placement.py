@@ -99,3 +99,13 @@ def test_a_changed_setting_restarts_only_what_reads_it(change: dict[str, Any], r
 def test_another_model_leaves_the_business_side_of_two_tier_as_it_is() -> None:
     before, after = versions("two_tier"), versions("two_tier", llm={"max_num_seqs": 7})
     assert {name for name in before if before[name] != after[name]} == {"LLM"}
+
+
+def test_the_config_differs_each_time_so_that_serve_goes_on_scaling_what_has_not_changed() -> None:
+    """Serve forgets how deployments scale when it builds, and asks again only for those whose config differs."""
+    first, second = (
+        build_app(application.three_tier(Settings.model_validate({"llm": {"engine": "extractive"}})), name="cleave")
+        for _ in range(2)
+    )
+    for one, other in zip(first.deployments, second.deployments, strict=True):
+        assert one._deployment_config != other._deployment_config
