@@ -38,6 +38,7 @@ NOT_ASKED_FOR = {
     "llm_unavailable",
     "llm_cold",
     "retriever_unavailable",
+    "unavailable",
     "internal_error",
     "configuration_error",
 }
