@@ -15,7 +15,8 @@ def explain_waiting(deployment: str, required: Resources, nodes: Sequence[Resour
     """Say in one line why a replica is not placed. `nodes` are the totals of each node that is up."""
     asked = f"{deployment} asks for {_listed(required)} per replica"
     if not any(all(node.get(name, 0) >= amount for name, amount in required.items()) for node in nodes):
-        offered = "; ".join(_listed(node, of=required) for node in nodes) or "none"
+        # Sorted, so that whoever asks gets the same words.
+        offered = "; ".join(sorted((_listed(node, of=required) for node in nodes), reverse=True)) or "none"
         return (
             f"{asked}, and no node has as much. Nodes: {offered}. "
             "Add such a node (or wait, where nodes are added on demand), or lower what it asks."
