@@ -204,6 +204,11 @@ def _owner(topology: str) -> str:
     return "Retriever" if "Retriever" in DEPLOYMENTS.get(topology, ()) else "Ingress"
 
 
+def _llm_holder(topology: str) -> str:
+    """Name the deployment that holds the LLM."""
+    return "LLM" if "LLM" in DEPLOYMENTS.get(topology, ()) else "Ingress"
+
+
 def _check_belongs(deployment: Entry, topology: str) -> None:
     # A builder of the user's own may have any parts.
     parts = DEPLOYMENTS.get(topology)
@@ -235,7 +240,7 @@ def _check_scaling(deployment: Entry) -> None:
 def _check_keeps_gpu(deployment: Entry, topology: str, settings: Settings) -> None:
     """Refuse options that take the GPU away: Serve puts them in place of the builder's own, not beside them."""
     options = _mapping(deployment, "ray_actor_options", f"deployments: {deployment['name']}")
-    holds_the_llm = topology in DEPLOYMENTS and deployment["name"] == ("LLM" if topology != "monolith" else "Ingress")
+    holds_the_llm = topology in DEPLOYMENTS and deployment["name"] == _llm_holder(topology)
     if holds_the_llm and settings.llm.device == "gpu" and options and not options.get("num_gpus"):
         raise ConfigurationError(
             f"deployments: {deployment['name']}.ray_actor_options has no num_gpus, so it would run without a GPU, but "

@@ -104,7 +104,8 @@ def _check_service(config: Config | None, settings: Settings, readiness: Record 
         dashboard_problem = port_problem("127.0.0.1", DASHBOARD_PORT)
         yield check_dashboard_port(dashboard_problem, is_running=is_running)
         yield check_readiness(config.url, readiness)
-        yield check_placement(dashboard_address(), waiting_in_cluster(dashboard_address()))
+        address = dashboard_address()
+        yield check_placement(address, waiting_in_cluster(address))
 
 
 # --- Installation ----------------------------------------------------------------------------------------------------

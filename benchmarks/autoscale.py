@@ -12,20 +12,18 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.service import ROOT, free_port, served
+from benchmarks.service import served
+from tests.qdrant_peer import qdrant_peer
 
 QUESTION = "How long did the Reading Room outage on 14 October 2025 last?"
 MODEL = "SmolLM2-135M-Instruct"
@@ -264,19 +262,9 @@ def application(store_url: str, *, policy: dict[str, Any] | None, target: int, e
     }
 
 
-@contextlib.contextmanager
-def store(url: str | None) -> Iterator[str]:
+def store(url: str | None) -> contextlib.AbstractContextManager[str]:
     """Take the Qdrant server that is named, or start the in-memory one of the tests."""
-    if url:
-        yield url
-        return
-    port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "tests.qdrant_peer", str(port)], cwd=ROOT, env=dict(os.environ))
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(10)
+    return contextlib.nullcontext(url) if url else qdrant_peer()
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

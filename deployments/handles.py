@@ -5,7 +5,7 @@ import contextvars
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -176,12 +176,9 @@ class LLMHandle:
 
     async def _probe(self) -> ModelInfo:
         with _translated_errors(_restarting()):
-            response = self._info.remote()
             try:
-                async with asyncio.timeout(PROBE_TIMEOUT_S):
-                    found = cast(ModelInfo, await response)
+                found = await self._ask(PROBE_TIMEOUT_S)
             except TimeoutError:
-                response.cancel()
                 raise LLMUnavailable("The language model does not answer: it is busy.", retry_after_s=5) from None
         self._is_suspect = False
         return found
@@ -196,8 +193,11 @@ class LLMHandle:
         """Keep a call waiting, which is what makes Serve start a replica, and learn how long that takes."""
         started = time.monotonic()
         try:
-            while not await self._answers():
-                pass
+            # Each new call to a tier without replicas is told to Serve at once; one that waits, only now and then.
+            while True:
+                with suppress(TimeoutError):
+                    await self._ask(WAKE_INTERVAL_S)
+                    break
             self._expected_start_s = time.monotonic() - started
             logger.info("the language model has started", extra={"took_s": round(self._expected_start_s, 1)})
         except Exception as error:
@@ -206,16 +206,14 @@ class LLMHandle:
             self._waking = None
             self._start_began = None
 
-    async def _answers(self) -> bool:
-        # Each new call to a tier without replicas is told to Serve at once; one that waits, only now and then.
+    async def _ask(self, timeout_s: float) -> ModelInfo:
         response = self._info.remote()
         try:
-            async with asyncio.timeout(WAKE_INTERVAL_S):
-                await response
+            async with asyncio.timeout(timeout_s):
+                return cast(ModelInfo, await response)
         except TimeoutError:
             response.cancel()
-            return False
-        return True
+            raise
 
 
 def _restarting(why: str = "", *, retry_after_s: int = 10) -> LLMUnavailable:

@@ -8,14 +8,12 @@ that serve nothing but Cleave, at `/`.
 from collections.abc import Sequence
 
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import error_body
+from app.api.errors import error_response
+from app.api.middleware import OWN_HEADER
 from app.errors import CleaveError, DeadlineExceeded, Overloaded, Unavailable
 
-OWN_HEADER = b"openai-processing-ms"
-"""Every answer of an Ingress has it."""
 PROXY_PATHS = "/-/"
 LOST = "The replica that held this request was lost. Try again."
 
@@ -36,23 +34,18 @@ class ProxyErrors:
         if scope["type"] != "http" or scope["path"].startswith(PROXY_PATHS):
             await self._app(scope, receive, send)
             return
-        start: Message | None = None
-        error: CleaveError | None = None
+        error: CleaveError | None = Unavailable(LOST, retry_after_s=1)  # Until something is answered.
 
         async def send_own(message: Message) -> None:
-            nonlocal start, error
+            nonlocal error
             if message["type"] == "http.response.start":
-                start = message
                 error = _error(message["status"], message["headers"])
             if error is None:
                 await send(message)
 
         await self._app(scope, receive, send_own)
-        if start is None:
-            error = Unavailable(LOST, retry_after_s=1)
         if error is not None:
-            headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
-            await JSONResponse(error_body(error), error.status, headers)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
 
 
 def _error(status: int, headers: Sequence[tuple[bytes, bytes]]) -> CleaveError | None:

@@ -1,6 +1,7 @@
 """What several test files share: one real service in this process, without Ray and without a language model."""
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -50,6 +51,18 @@ class ServiceThread(threading.Thread):
         self._server.set_result(server)
         await server.serve(sockets=[self._socket])
         await services.close()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that looks like a chat model; what is inside is not read before an engine loads it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import httpx
 import yaml
 from ray.cluster_utils import Cluster
 
-from tests.running_service import ROOT, free_port
+from tests.running_service import ROOT, free_port, write_application
 
 DEPLOY_TIMEOUT_S = 240
 QUESTION = "How long did the Reading Room outage on 14 October 2025 last?"
@@ -202,23 +202,9 @@ def running_cluster(*nodes: dict[str, float]) -> Iterator[RunningCluster]:
 def write_cluster_config(folder: Path, topology: str, *, port: int | None = None, **application: Any) -> Path:
     """Write a Serve config for a cluster whose nodes share this machine, so that only the head has a proxy."""
     args = {
-        "data_dir": str(folder / "data"),
         "seed": str(ROOT / "examples" / "articles"),
         "llm": {"device": "gpu", "engine": "extractive"},
+        **application.pop("args", {}),
     }
-    config = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port or free_port()},
-        "applications": [
-            {
-                "name": "cleave",
-                "route_prefix": "/",
-                "import_path": f"deployments.application:{topology}",
-                **application,
-                "args": {**args, **application.get("args", {})},
-            }
-        ],
-    }
-    path = folder / "serve_config.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return path
+    described = {"import_path": f"deployments.application:{topology}", **application, "args": args}
+    return write_application(folder, described, port=port, proxy_location="HeadOnly")

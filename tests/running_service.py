@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +60,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def write_config(folder: Path, *, topology: str = "three_tier", port: int | None = None, **args: Any) -> Path:
-    """Write a Serve config with its data under `folder`; `args` are settings."""
-    application = {
-        "name": "cleave",
-        "route_prefix": "/",
-        "import_path": f"deployments.application:{topology}",
-        "args": {"data_dir": str(folder / "data"), **args},
+def write_config(folder: Path, **args: Any) -> Path:
+    """Write a Serve config of three tiers with its data under `folder`; `args` are settings."""
+    return write_application(folder, {"import_path": "deployments.application:three_tier", "args": args})
+
+
+def write_application(folder: Path, application: Mapping[str, Any], *, port: int | None = None, **options: Any) -> Path:
+    """Write a Serve config of one application, with its data under `folder`; `options` stand beside it."""
+    args = {"data_dir": str(folder / "data"), **application.get("args", {})}
+    config = {
+        **options,
+        "http_options": {"host": "127.0.0.1", "port": port or free_port()},
+        "applications": [{"name": "cleave", "route_prefix": "/", **application, "args": args}],
     }
-    config = {"http_options": {"host": "127.0.0.1", "port": port or free_port()}, "applications": [application]}
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
 
 
-def start(config: Path, output: Path) -> RunningService:
+def start(config: Path, output: Path, environment: Mapping[str, str] | None = None) -> RunningService:
     port = yaml.safe_load(config.read_text(encoding="utf-8"))["http_options"]["port"]
     program = Path(sys.executable).with_name("cleave")
     # A Ray of its own: without an address, Ray joins whichever cluster runs on this machine, and Serve one in it.
-    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    environment = {**os.environ, "RAY_ADDRESS": "local", **(environment or {})}
     with output.open("wb") as file:
         process = subprocess.Popen(
             [str(program), "serve", str(config)], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
@@ -87,9 +91,9 @@ def start(config: Path, output: Path) -> RunningService:
 
 
 @contextlib.contextmanager
-def running(config: Path) -> Iterator[RunningService]:
+def running(config: Path, environment: Mapping[str, str] | None = None) -> Iterator[RunningService]:
     """Start a service, wait until it says that it is ready, and stop it in the end."""
-    service = start(config, config.with_name("output.txt"))
+    service = start(config, config.with_name("output.txt"), environment)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while "Cleave is ready" not in service.output:

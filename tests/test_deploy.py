@@ -60,17 +60,6 @@ class Served:
     deployments: Mapping[str, Deployment]
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A folder that stands for models of the hub: it is checked, not loaded."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (folder / name).write_text("{}", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(params=sorted(SERVE_CONFIGS))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)

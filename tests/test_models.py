@@ -1,6 +1,5 @@
 """What can be wrong with a model reference is found before an engine starts, and said in one line."""
 
-import json
 import subprocess
 import sys
 import threading
@@ -27,17 +26,6 @@ from app.settings import LLMSettings, ModelByDevice
 
 BUNDLED = "SmolLM2-135M-Instruct"
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A folder that looks like a chat model; what is inside is not read before an engine loads it."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (folder / name).write_text("{}", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}), encoding="utf-8")
-    return folder
 
 
 def complaint(reference: str | Path, **options: Path) -> str:

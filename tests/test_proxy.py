@@ -5,7 +5,8 @@ import pytest
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.proxy import OWN_HEADER, ProxyErrors
+from app.api.middleware import OWN_HEADER
+from deployments.proxy import ProxyErrors
 
 OWN = {OWN_HEADER.decode(): "3"}
 

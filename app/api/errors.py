@@ -18,6 +18,12 @@ def error_body(error: CleaveError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
+def error_response(error: CleaveError) -> JSONResponse:
+    """Answer with an error: its status, its object, and when to try again if that is known."""
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
+    return JSONResponse(error_body(error), error.status, headers)
+
+
 def install_error_handlers(api: FastAPI) -> None:
     """Answer every kind of failure in the one shape."""
     api.add_exception_handler(CleaveError, _cleave_error)
@@ -33,8 +39,7 @@ def internal_error(error: BaseException) -> CleaveError:
 
 async def _cleave_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, CleaveError)
-    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
-    return JSONResponse(error_body(error), error.status, headers)
+    return error_response(error)
 
 
 async def _validation_error(_: Request, error: Exception) -> JSONResponse:

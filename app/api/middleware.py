@@ -4,14 +4,15 @@ import re
 import time
 import uuid
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import error_body, internal_error
+from app.api.errors import error_response, internal_error
 from app.errors import CrossOrigin, TooLarge
 from app.telemetry import logger, request_id
 
 ACCEPTED_ID = re.compile(r"[\w.:-]{1,128}")
+OWN_HEADER = b"openai-processing-ms"
+"""Every answer of this API has it; what Serve's proxy answers by itself has not."""
 QUIET_PATHS = frozenset({"/livez", "/readyz", "/health"})
 SECURITY_HEADERS = [
     (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"),
@@ -49,7 +50,7 @@ class RequestContext:
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", current.encode()),
-                    (b"openai-processing-ms", str(elapsed_ms).encode()),
+                    (OWN_HEADER, str(elapsed_ms).encode()),
                     *(() if scope["path"] in PAGES_WITH_OWN_POLICY else SECURITY_HEADERS),
                 ]
             await send(message)
@@ -60,7 +61,7 @@ class RequestContext:
             failure = internal_error(error)
             if status:
                 raise  # Too late for another answer: the server breaks the connection off.
-            await JSONResponse(error_body(failure), failure.status)(scope, receive, send_with_headers)
+            await error_response(failure)(scope, receive, send_with_headers)
         finally:
             if scope["path"] not in QUIET_PATHS:
                 # No status: the client left before there was one.
@@ -89,7 +90,7 @@ class SameOrigin:
         own = headers.get(b"host", b"").decode("latin-1")
         if origin and scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin.partition("://")[2] != own:
             error = CrossOrigin(f"This service takes no requests from pages of {origin}.")
-            await JSONResponse(error_body(error), error.status)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -106,7 +107,7 @@ class BodyLimit:
         declared = dict(scope.get("headers", [])).get(b"content-length", b"0")
         if scope["type"] == "http" and declared.isdigit() and int(declared) > self._max_bytes:
             error = self._error()
-            await JSONResponse(error_body(error), error.status)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
             return
         num_received = 0
 
