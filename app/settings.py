@@ -45,10 +45,10 @@ class StoreSettings(Branch):
 
 
 class RetrievalSettings(Branch):
-    """How passages are found: dense and BM25 lists, fused by weighted reciprocal rank in the engine."""
+    """How passages are found: a dense and a BM25 list, fused by their scores."""
 
     top_k: int = Field(5, ge=1, le=50, description="passages a request gets when it does not say")
-    num_candidates: int = Field(50, ge=1, le=1000, description="length of each list before fusion")
+    num_candidates: int = Field(100, ge=1, le=1000, description="length of each list before fusion")
     dense_weight: float = Field(1.0, ge=0)
     sparse_weight: float = Field(1.0, ge=0)
 

@@ -106,6 +106,10 @@ def _query(engine: QdrantClient, name: str, body: models.QueryRequest) -> Any:
     return engine.query_points(name, **_given(body, filter="query_filter", with_vector="with_vectors"))
 
 
+def _query_batch(engine: QdrantClient, name: str, body: models.QueryRequestBatch) -> Any:
+    return engine.query_batch_points(name, body.searches)
+
+
 def _scroll(engine: QdrantClient, name: str, body: models.ScrollRequest) -> Any:
     points, following = engine.scroll(name, **_given(body, filter="scroll_filter", with_vector="with_vectors"))
     return {"points": points, "next_page_offset": following}
@@ -128,6 +132,7 @@ OPERATIONS: tuple[tuple[str, str, type[BaseModel] | None, Operation], ...] = (
     ("POST", "/collections/{name}/points/delete", models.FilterSelector, _delete),
     ("POST", "/collections/{name}/points", models.PointRequest, _retrieve),
     ("POST", "/collections/{name}/points/query", models.QueryRequest, _query),
+    ("POST", "/collections/{name}/points/query/batch", models.QueryRequestBatch, _query_batch),
     ("POST", "/collections/{name}/points/scroll", models.ScrollRequest, _scroll),
     ("POST", "/collections/{name}/points/count", models.CountRequest, _count),
     ("POST", "/collections/{name}/facet", models.FacetRequest, _facet),

@@ -14,7 +14,7 @@ LAYERS = [
     {"domain", "errors", "placement"},
     {"settings"},
     {"telemetry", "config", "dashboard"},
-    {"loaders", "chunking", "sparse", "citations"},
+    {"loaders", "chunking", "sparse", "citations", "fusion"},
     {"prompts", "grounding"},
     {"gate", "models", "sizing"},
     {"embedding", "store", "llm"},

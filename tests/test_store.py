@@ -317,7 +317,9 @@ async def test_a_search_sees_one_version_while_documents_are_written(store: Stor
 def test_of_two_versions_in_a_result_the_newer_is_kept() -> None:
     old, new = (chunk_points(*essay("a", 2, version), at) for version, at in (("old", 1), ("new", 2)))
     hits = [(point.payload, 0.9 - number / 10) for number, point in enumerate([*old, *new])]
-    assert texts(best_passages(hits, 4)) == ["new 0", "new 1"]
+    for dense, sparse_hits in ((hits, []), ([], hits), (hits[:2], hits[2:]), (hits[2:], hits[:2])):
+        found = best_passages(dense, sparse_hits, weights=(1, 1), num_candidates=50, limit=4)
+        assert texts(found) == ["new 0", "new 1"]
 
 
 def test_a_difference_of_manifests_is_readable() -> None:

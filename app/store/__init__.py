@@ -30,7 +30,7 @@ class Store(Protocol):
         num_candidates: int,
         weights: tuple[float, float],
     ) -> list[Passage]:
-        """Fuse the dense and the sparse list (`num_candidates` each) by weighted reciprocal rank in the engine.
+        """Fuse the dense and the sparse list (`num_candidates` each) by their scores.
 
         Best first, at most `limit`. `weights` are (dense, sparse). Filters apply to both lists; the caller has
         checked their fields against `filter_fields`.

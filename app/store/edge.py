@@ -31,8 +31,8 @@ from app.store.payload import (
     KEYWORD_FIELDS,
     MANIFEST_ID,
     MAX_FIELDS,
-    RANK_CONSTANT,
     SPARSE,
+    Hits,
     Payload,
     Point,
     best_passages,
@@ -42,7 +42,6 @@ from app.store.payload import (
     intent_point,
     manifest_point,
     next_revision,
-    num_hits,
     record_id,
     record_point,
     split,
@@ -129,7 +128,7 @@ class EdgeStore:
         num_candidates: int,
         weights: tuple[float, float],
     ) -> list[Passage]:
-        """Fuse the dense and the sparse list by weighted reciprocal rank in the engine."""
+        """Fuse the dense and the sparse list; both are read in one go, so of one state."""
         return await self._run(self._search, dense, sparse, filters, limit, num_candidates, weights)
 
     async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
@@ -207,21 +206,18 @@ class EdgeStore:
         weights: tuple[float, float],
     ) -> list[Passage]:
         matching = Filter(must=[_is("kind", "chunk"), *(_any_of("terms", terms) for terms in terms_of(filters))])
-        queries: list[tuple[float, engine.Query]] = []
-        if weights[0] > 0:
-            queries.append((weights[0], engine.Query.Nearest(list(dense), using=DENSE)))
-        if weights[1] > 0 and sparse:
-            queries.append((weights[1], engine.Query.Nearest(_sparse_vector(sparse), using=SPARSE)))
-        if not queries:
-            return []
-        fusion = engine.Fusion.Rrf(k=RANK_CONSTANT, weights=[weight for weight, _ in queries])
-        request = engine.QueryRequest(
-            prefetches=[engine.Prefetch(query=query, filter=matching, limit=num_candidates) for _, query in queries],
-            query=fusion,  # type: ignore[arg-type]  # The stubs miss that Rrf is a Fusion.
-            limit=num_hits(limit),
-            with_payload=True,
-        )
-        return best_passages([(_payload(point), point.score) for point in self._shard.query(request)], limit)
+        found = [
+            self._nearest(query, matching, num_candidates) if weight > 0 else []
+            for query, weight in (
+                (engine.Query.Nearest(list(dense), using=DENSE), weights[0]),
+                (engine.Query.Nearest(_sparse_vector(sparse), using=SPARSE), weights[1] if sparse else 0.0),
+            )
+        ]
+        return best_passages(*found, weights=weights, num_candidates=num_candidates, limit=limit)
+
+    def _nearest(self, query: engine.Query, matching: Filter, limit: int) -> Hits:
+        request = engine.QueryRequest(query=query, filter=matching, limit=limit, with_payload=True)
+        return [(_payload(point), point.score) for point in self._shard.query(request)]
 
     def _documents(self, after: str | None, limit: int) -> list[StoredDocument]:
         # The page starts at the id `after`, which may be deleted by now: one more is read and that one left out.

@@ -23,8 +23,8 @@ from app.store.payload import (
     KEYWORD_FIELDS,
     MANIFEST_ID,
     MAX_FIELDS,
-    RANK_CONSTANT,
     SPARSE,
+    Hits,
     Payload,
     Point,
     best_passages,
@@ -32,7 +32,6 @@ from app.store.payload import (
     difference,
     manifest_point,
     next_revision,
-    num_hits,
     record_id,
     record_point,
     split,
@@ -42,7 +41,7 @@ from app.store.payload import (
 
 IN_MEMORY = ":memory:"
 OLDEST_VERSION = (1, 17)
-"""An older server ignores the weights of the fusion."""
+"""An older server ignores `update_mode`, by which one of many processes stamps a new collection."""
 TIMEOUT_S = 30
 RETRY_AFTER_S = 5
 
@@ -106,25 +105,19 @@ class ServerStore:
         num_candidates: int,
         weights: tuple[float, float],
     ) -> list[Passage]:
-        """Fuse the dense and the sparse list by weighted reciprocal rank in the engine."""
+        """Fuse the dense and the sparse list, which are asked for in one request."""
         matching = models.Filter(must=[_is("kind", "chunk"), *(_any_of("terms", terms) for terms in terms_of(filters))])
-        queries: list[tuple[float, str, list[float] | models.SparseVector]] = []
-        if weights[0] > 0:
-            queries.append((weights[0], DENSE, list(dense)))
-        if weights[1] > 0 and sparse:
-            queries.append((weights[1], SPARSE, _sparse_vector(sparse)))
-        if not queries:
-            return []
-        prefetch = [
-            models.Prefetch(query=vector, using=name, filter=matching, limit=num_candidates)
-            for _, name, vector in queries
+        queries = [(DENSE, list(dense), weights[0]), (SPARSE, _sparse_vector(sparse), weights[1] if sparse else 0.0)]
+        requests = [
+            models.QueryRequest(query=vector, using=name, filter=matching, limit=num_candidates, with_payload=True)
+            for name, vector, weight in queries
+            if weight > 0
         ]
-        fusion = models.Rrf(k=RANK_CONSTANT, weights=[weight for weight, _, _ in queries])
         async with _translated():
-            found = await self._client.query_points(
-                self._collection, prefetch=prefetch, query=models.RrfQuery(rrf=fusion), limit=num_hits(limit)
-            )
-        return best_passages([(point.payload or {}, point.score) for point in found.points], limit)
+            responses = await self._client.query_batch_points(self._collection, requests) if requests else []
+        answers = iter(responses)
+        found = [_hits(next(answers)) if weight > 0 else [] for _, _, weight in queries]
+        return best_passages(*found, weights=weights, num_candidates=num_candidates, limit=limit)
 
     async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
         """Give a page of documents, in the order of their record ids."""
@@ -253,6 +246,10 @@ def _vectors(point: Point) -> dict[str, Any]:
 
 def _sparse_vector(weights: Mapping[int, float]) -> models.SparseVector:
     return models.SparseVector(indices=list(weights), values=list(weights.values()))
+
+
+def _hits(response: models.QueryResponse) -> Hits:
+    return [(point.payload or {}, point.score) for point in response.points]
 
 
 def _is(field: str, value: str) -> models.FieldCondition:
