@@ -104,7 +104,10 @@ class Sentence:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A chunk found for a question. `score` is the engine's fused score: only its order means something."""
+    """What was found for a question: a chunk, or two that stand side by side.
+
+    `text` is `document.text[start:end]`, white space between chunks aside; `chunk_id` is the better chunk's.
+    """
 
     chunk_id: str
     document_id: str
@@ -113,6 +116,11 @@ class Passage:
     metadata: Metadata
     text: str
     score: float
+    """In [0, 1]; only the order means something."""
+    start: int = 0
+    end: int = 0
+    also_in: tuple[str, ...] = ()
+    """Other documents that hold nearly the same text."""
     sentences: tuple[Sentence, ...] = ()
 
 

@@ -20,6 +20,7 @@ from app.domain import (
 from app.embedding import Embedder, Vectors
 from app.errors import DocumentNotFound, UnknownFilter
 from app.ingestion import Ingestor
+from app.selection import POOL_FACTOR, select
 from app.settings import RetrievalSettings
 from app.store import Store
 from app.telemetry import Stopwatch
@@ -77,20 +78,22 @@ class LocalRetriever:
         self._sentence_vectors: dict[str, tuple[list[str], Vectors]] = {}
 
     async def search(self, query: SearchQuery) -> SearchResult:
-        """Embed the question, search both lists in the engine, score the sentences of the best passages."""
+        """Embed the question, search and fuse both lists, choose passages, score the sentences of the best ones."""
         watch = Stopwatch()
         await self._check_filters(query)
         with watch.stage("embed"):
             question = (await self._embedder.embed([query.text]))[0]
         with watch.stage("search"):
-            passages = await self._store.search(
+            pool = await self._store.search(
                 question.tolist(),
                 sparse.encode_query(query.text),
                 filters=query.filters,
-                limit=query.top_k,
+                limit=POOL_FACTOR * query.top_k,
                 num_candidates=max(self._settings.num_candidates, query.top_k),
                 weights=(self._settings.dense_weight, self._settings.sparse_weight),
             )
+        with watch.stage("select"):
+            passages = await asyncio.to_thread(select, pool, query.top_k)
         with watch.stage("score_sentences"):
             scored = await self._with_sentences(passages[: query.num_scored], question)
         return SearchResult((*scored, *passages[query.num_scored :]), watch.timings_ms)

@@ -141,6 +141,7 @@ def source(passage: Passage) -> dict[str, Any]:
         "metadata": dict(passage.metadata),
         "text": passage.text,
         "score": round(passage.score, 6),
+        "also_in": list(passage.also_in),
     }
 
 

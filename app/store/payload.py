@@ -185,6 +185,8 @@ def passage(payload: Payload, score: float) -> Passage:
         metadata=_metadata(payload),
         text=payload["text"],
         score=score,
+        start=payload["start"],
+        end=payload["end"],
     )
 
 
