@@ -117,11 +117,11 @@ class Passage:
     text: str
     score: float
     """In [0, 1]; only the order means something."""
+    sentences: tuple[Sentence, ...] = ()
     start: int = 0
     end: int = 0
     also_in: tuple[str, ...] = ()
     """Other documents that hold nearly the same text."""
-    sentences: tuple[Sentence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
