@@ -20,12 +20,15 @@ from app.domain import (
 from app.embedding import Embedder, Vectors
 from app.errors import DocumentNotFound, UnknownFilter
 from app.ingestion import Ingestor
+from app.reranking import Reranker
 from app.settings import RetrievalSettings
 from app.store import Store
 from app.telemetry import Stopwatch
 
 MAX_CACHED_PASSAGES = 4096
 """Sentence vectors kept: about 10 kB a passage; the oldest go first."""
+RERANKING_SHARE = 0.5
+"""Of the search's time: what reranking may take, so that the sentences can still be scored."""
 
 
 class Retriever(Protocol):
@@ -64,21 +67,29 @@ class Retriever(Protocol):
 
 
 class LocalRetriever:
-    """A `Retriever` in this process: an encoder and a store."""
+    """A `Retriever` in this process: an encoder, a store, and a cross-encoder if one is configured."""
 
     def __init__(
-        self, embedder: Embedder, store: Store, ingestor: Ingestor, settings: RetrievalSettings, collection: str
+        self,
+        embedder: Embedder,
+        store: Store,
+        ingestor: Ingestor,
+        settings: RetrievalSettings,
+        collection: str,
+        reranker: Reranker | None = None,
     ) -> None:
         self._embedder = embedder
         self._store = store
         self._ingestor = ingestor
         self._settings = settings
         self._collection = collection
+        self._reranker = reranker
         self._sentence_vectors: dict[str, tuple[list[str], Vectors]] = {}
 
     async def search(self, query: SearchQuery) -> SearchResult:
-        """Embed the question, search both lists in the engine, score the sentences of the best passages."""
+        """Embed the question, search both lists in the engine, rerank, score the sentences of the best passages."""
         watch = Stopwatch()
+        limit = max(query.top_k, self._reranker.num_candidates) if self._reranker else query.top_k
         await self._check_filters(query)
         with watch.stage("embed"):
             question = (await self._embedder.embed([query.text]))[0]
@@ -87,13 +98,14 @@ class LocalRetriever:
                 question.tolist(),
                 sparse.encode_query(query.text),
                 filters=query.filters,
-                limit=query.top_k,
-                num_candidates=max(self._settings.num_candidates, query.top_k),
+                limit=limit,
+                num_candidates=max(self._settings.num_candidates, limit),
                 weights=(self._settings.dense_weight, self._settings.sparse_weight),
             )
+        passages, degraded = await self._reranked(query, passages, watch)
         with watch.stage("score_sentences"):
             scored = await self._with_sentences(passages[: query.num_scored], question)
-        return SearchResult((*scored, *passages[query.num_scored :]), watch.timings_ms)
+        return SearchResult((*scored, *passages[query.num_scored :]), watch.timings_ms, degraded)
 
     async def ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
         """See `Retriever.ingest`."""
@@ -140,6 +152,17 @@ class LocalRetriever:
                 f"No document has the field {unknown[0]!r}. Fields that can be filtered: {', '.join(known) or 'none'}.",
                 param=f"filters.{unknown[0]}",
             )
+
+    async def _reranked(
+        self, query: SearchQuery, passages: list[Passage], watch: Stopwatch
+    ) -> tuple[list[Passage], tuple[str, ...]]:
+        """Give the best `top_k`, and what the search had to do without."""
+        if self._reranker is None:
+            return passages, ()
+        with watch.stage("rerank"):
+            timeout_s = RERANKING_SHARE * query.timeout_s
+            passages, degraded = await self._reranker.rerank(query.text, passages, timeout_s=timeout_s)
+        return passages[: query.top_k], degraded
 
     async def _with_sentences(self, passages: Sequence[Passage], question: Vectors) -> list[Passage]:
         scored = []
