@@ -69,7 +69,7 @@ class Embedder:
 
 
 def torch_dtype(wanted: str) -> str:
-    """Say what `auto` means: bfloat16 where the CPU computes in it; twice as fast, and the cosine to float32 > 0.998."""
+    """For `auto` choose bfloat16 where the CPU computes in it: twice as fast, and a cosine to float32 above 0.998."""
     import torch
 
     if wanted != "auto":

@@ -132,11 +132,9 @@ def _resolve(reference: str, *, setting: str, bundled: dict[str, tuple[str, str]
         return ModelReference(str(folder.resolve()))
     match = HUB_ID.fullmatch(reference)
     if match is None or reference.startswith((".", "/", "~")):
-        own = f", or a bundled model ({', '.join(bundled)})" if bundled else ""
-        raise ConfigurationError(
-            f"{setting}: there is no folder {reference!r}. Name an existing folder, a hub id such as "
-            f"owner/model@revision{own}."
-        )
+        forms = ["an existing folder", "a hub id such as owner/model@revision"]
+        forms += [f"or a bundled model ({', '.join(bundled)})"] if bundled else []
+        raise ConfigurationError(f"{setting}: there is no folder {reference!r}. Name {', '.join(forms)}.")
     way_out = "name a folder, or a bundled model" if bundled else "name a folder, or leave it out"
     _check_hub(match["id"], match["revision"], setting, way_out)
     return ModelReference(match["id"], match["revision"])

@@ -43,8 +43,10 @@ class Reranker:
         self._turn = turn
         self._waiting: deque[_Pair] = deque()
         self._worker: asyncio.Task[None] | None = None
-        self._pass_s = 0.0
-        """Seconds that a forward pass took of late, the wait for its turn included."""
+        self._pair_s = 0.0
+        """Seconds that a pair took of late, the wait for the encoder included."""
+        self._pass_end = 0.0
+        """When the forward pass that is being computed will probably end, by the clock of `time.perf_counter`."""
         self.num_candidates = settings.num_candidates
 
     async def rerank(
@@ -74,18 +76,24 @@ class Reranker:
         return [*scored, *(replace(passage, score=passage.score + below) for passage in rest)], ()
 
     async def _scores(self, question: str, passages: Sequence[Passage], timeout_s: float) -> list[float]:
-        waiting = sum(not pair.score.done() for pair in self._waiting)
-        if waiting and math.ceil((waiting + len(passages)) / self._batch_size) * self._pass_s > timeout_s:
-            # Let in, more than can be done in time would make each other late, until none was served.
-            raise TimeoutError(f"{waiting} passages of other searches wait already")
+        is_idle = self._worker is None or self._worker.done()
+        if not is_idle and self._expected_s(len(passages)) > timeout_s:
+            # More than can be done in time would make each other late, until hardly any was served.
+            raise TimeoutError(f"other searches come first, and {timeout_s:g} s would not be enough")
         new_score = asyncio.get_running_loop().create_future
         pairs = [_Pair(question, passage, new_score()) for passage in passages]
         # Texts of like length share a batch, which spares padding.
         self._waiting.extend(sorted(pairs, key=lambda pair: len(pair.passage.text)))
-        if self._worker is None or self._worker.done():
+        if is_idle:
             self._worker = asyncio.create_task(self._work())
         # When the time is up or the caller leaves, this cancels the scores that are still to come.
         return await asyncio.gather(*(pair.score for pair in pairs))
+
+    def _expected_s(self, num_pairs: int) -> float:
+        """Estimate when so many pairs more will have been read, in passes that those who come later fill up."""
+        num_pairs += sum(not pair.score.done() for pair in self._waiting)
+        num_read = math.ceil(num_pairs / self._batch_size) * self._batch_size
+        return max(0.0, self._pass_end - time.perf_counter()) + num_read * self._pair_s
 
     async def _work(self) -> None:
         """Compute until nobody waits. A task of its own: the batch of one who leaves is also that of others."""
@@ -93,9 +101,10 @@ class Reranker:
             started = time.perf_counter()
             async with self._turn:
                 if batch := self._next_batch():
+                    self._pass_end = time.perf_counter() + len(batch) * self._pair_s
                     await self._compute(batch)
-                    duration = time.perf_counter() - started
-                    self._pass_s = (self._pass_s + duration) / 2 if self._pass_s else duration
+                    latest_s = (time.perf_counter() - started) / len(batch)
+                    self._pair_s = (self._pair_s + latest_s) / 2 if self._pair_s else latest_s
 
     def _next_batch(self) -> list[_Pair]:
         """Take those who have waited longest, and pass over those who no longer wait."""
