@@ -140,7 +140,11 @@ class ChatService:
     async def _retrieve(self, run: "_Run") -> tuple[Passage, ...]:
         timeout_s = RETRIEVAL_SHARE * run.request.timeout_s
         query = SearchQuery(
-            run.query, run.request.top_k, run.request.filters, self._settings.num_passages, timeout_s=timeout_s
+            run.query,
+            run.request.top_k,
+            run.request.filters,
+            num_scored=self._settings.num_passages,
+            timeout_s=timeout_s,
         )
         with run.watch.stage("retrieve"):
             found = await run.within(timeout_s, self._retriever.search(query), "retrieval")

@@ -90,7 +90,7 @@ class Reranker:
         return await asyncio.gather(*(pair.score for pair in pairs))
 
     def _expected_s(self, num_pairs: int) -> float:
-        """Estimate when so many pairs more will have been read, in passes that those who come later fill up."""
+        """Estimate the seconds until so many pairs more are read, in passes that those who come later fill up."""
         num_pairs += sum(not pair.score.done() for pair in self._waiting)
         num_read = math.ceil(num_pairs / self._batch_size) * self._batch_size
         return max(0.0, self._pass_end - time.perf_counter()) + num_read * self._pair_s
@@ -164,7 +164,7 @@ def _load(settings: RerankingSettings) -> Any:
         raise ConfigurationError(
             f"reranking.model: {settings.model} cannot be used as a cross-encoder ({reason}). Name another, or none."
         ) from error
-    architecture = (model.config.architectures or [""])[0]
+    architecture = next(iter(getattr(model.config, "architectures", None) or ()), "")
     if len(model) == 1 and architecture and not architecture.endswith("ForSequenceClassification"):
         # Loaded all the same, with a last layer of chance.
         raise ConfigurationError(
