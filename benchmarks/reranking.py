@@ -59,6 +59,8 @@ async def measure(candidates: list[int], repetitions: int) -> None:
         model = str(make_cross_encoder(Path(folder)))
         settings = RerankingSettings(model=model, num_candidates=max(candidates), timeout_s=600)
         reranker = Reranker(settings, embedder.turn)
+    if (await reranker.rerank(QUESTION, passages))[1]:
+        raise SystemExit("The cross-encoder failed; the log above says why.")
     embedding: list[float] = []
     reranking: dict[int, list[float]] = {number: [] for number in candidates}
     for repetition in range(repetitions + 1):
