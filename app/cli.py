@@ -57,6 +57,7 @@ DEGRADED = {
     "llm_timeout": "the language model was too slow",
     "llm_failed": "the language model broke off",
     "history_trimmed": "the oldest messages did not fit",
+    "reranking_skipped": "the passages could not be reranked in time",
 }
 """What an answer had to do without, by `rag.degraded`."""
 

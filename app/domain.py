@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -116,7 +117,7 @@ class Passage:
     metadata: Metadata
     text: str
     score: float
-    """In [0, 1]; only the order means something."""
+    """The fused score, or the cross-encoder's; only its order within one result means something."""
     sentences: tuple[Sentence, ...] = ()
     start: int = 0
     end: int = 0
@@ -126,20 +127,25 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class SearchQuery:
-    """What to find. The sentences of the best `num_scored` passages get their cosine to the question."""
+    """What to find. The sentences of the best `num_scored` passages get their cosine to the question.
+
+    `timeout_s` is how long the caller waits: what is optional is left out when it would take too much of it.
+    """
 
     text: str
     top_k: int
     filters: Filters = field(default_factory=dict)
     num_scored: int = 0
+    timeout_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Passages, best first, with the time that each stage took."""
+    """Passages, best first, with the time that each stage took, and what the search had to do without."""
 
     passages: tuple[Passage, ...]
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    degraded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

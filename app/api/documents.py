@@ -105,6 +105,7 @@ def documents_router(services: Services) -> APIRouter:
             "object": "list",
             "data": [{"n": n, **source(one)} for n, one in enumerate(found.passages, start=1)],
             "timings_ms": dict(found.timings_ms),
+            "degraded": list(found.degraded),
         }
 
     return router
