@@ -94,6 +94,10 @@ def _batch(engine: QdrantClient, name: str, body: models.UpdateOperations) -> An
     return engine.batch_update_points(name, body.operations)
 
 
+def _overwrite(engine: QdrantClient, name: str, body: models.SetPayload) -> Any:
+    return engine.overwrite_payload(name, body.payload, body.filter)
+
+
 def _delete(engine: QdrantClient, name: str, body: models.FilterSelector) -> Any:
     return engine.delete(name, body)
 
@@ -104,6 +108,10 @@ def _retrieve(engine: QdrantClient, name: str, body: models.PointRequest) -> Any
 
 def _query(engine: QdrantClient, name: str, body: models.QueryRequest) -> Any:
     return engine.query_points(name, **_given(body, filter="query_filter", with_vector="with_vectors"))
+
+
+def _query_batch(engine: QdrantClient, name: str, body: models.QueryRequestBatch) -> Any:
+    return [_query(engine, name, one) for one in body.searches]
 
 
 def _scroll(engine: QdrantClient, name: str, body: models.ScrollRequest) -> Any:
@@ -125,9 +133,11 @@ OPERATIONS: tuple[tuple[str, str, type[BaseModel] | None, Operation], ...] = (
     ("PUT", "/collections/{name}/index", models.CreateFieldIndex, _index),
     ("PUT", "/collections/{name}/points", models.PointsList, _upsert),
     ("POST", "/collections/{name}/points/batch", models.UpdateOperations, _batch),
+    ("PUT", "/collections/{name}/points/payload", models.SetPayload, _overwrite),
     ("POST", "/collections/{name}/points/delete", models.FilterSelector, _delete),
     ("POST", "/collections/{name}/points", models.PointRequest, _retrieve),
     ("POST", "/collections/{name}/points/query", models.QueryRequest, _query),
+    ("POST", "/collections/{name}/points/query/batch", models.QueryRequestBatch, _query_batch),
     ("POST", "/collections/{name}/points/scroll", models.ScrollRequest, _scroll),
     ("POST", "/collections/{name}/points/count", models.CountRequest, _count),
     ("POST", "/collections/{name}/facet", models.FacetRequest, _facet),

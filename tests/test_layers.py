@@ -18,7 +18,7 @@ LAYERS = [
     {"prompts", "grounding"},
     {"gate", "models", "sizing"},
     {"embedding", "store", "llm"},
-    {"planning", "ingestion"},
+    {"planning", "ingestion", "deletion"},
     {"retrieval"},
     {"chat"},
     {"services"},

@@ -18,6 +18,7 @@ import pytest
 from qdrant_client import AsyncQdrantClient
 
 from app import sparse
+from app.deletion import delete
 from app.domain import Chunk, Document, EncodedChunk, Filters, Passage, Scalar
 from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
 from app.store import Manifest, Store, edge
@@ -121,7 +122,7 @@ async def test_an_empty_collection_answers_with_nothing(store: Store) -> None:
     assert await store.documents() == []
     assert await store.document("absent") is None
     assert await search(store, "anything") == []
-    assert not await store.delete("absent")
+    assert await delete(store, "absent") is None
 
 
 async def test_a_passage_carries_what_a_reader_needs(store: Store) -> None:
@@ -160,7 +161,7 @@ async def test_paging_goes_on_behind_a_document_that_was_deleted(store: Store) -
     for number in range(6):
         await put(store, str(number), "text")
     first, second, *rest = [stored.id for stored in await store.documents()]
-    await store.delete(second)
+    await delete(store, second)
     assert [stored.id for stored in await store.documents(after=second)] == rest
     assert [stored.id for stored in await store.documents(after=first, limit=1)] == rest[:1]
 
@@ -168,7 +169,7 @@ async def test_paging_goes_on_behind_a_document_that_was_deleted(store: Store) -
 async def test_a_deleted_document_is_gone_whole(store: Store) -> None:
     await put(store, "a", "one", "two", lang="en")
     await put(store, "b", "one")
-    assert await store.delete("a")
+    assert await delete(store, "a")
     assert await store.document("a") is None
     assert await store.counts() == (1, 1)
     assert await store.filter_fields() == ()
@@ -315,7 +316,7 @@ async def test_a_search_sees_one_version_while_documents_are_written(store: Stor
 
 
 def test_of_two_versions_in_a_result_the_newer_is_kept() -> None:
-    old, new = (chunk_points(*essay("a", 2, version), at) for version, at in (("old", 1), ("new", 2)))
+    old, new = (chunk_points(*essay("a", 2, version), version, at) for version, at in (("old", 1), ("new", 2)))
     hits = [(point.payload, 0.9 - number / 10) for number, point in enumerate([*old, *new])]
     assert texts(best_passages(hits, 4)) == ["new 0", "new 1"]
 
@@ -340,7 +341,7 @@ async def test_two_processes_on_one_server_see_each_others_writes(server: str) -
     await other.put(*essay("a", 2, "new"))
     assert await chunks_of(one, "a") == ["new 0", "new 1"]
     assert await one.counts() == (1, 2)
-    assert await one.delete("a")
+    assert await delete(one, "a")
     assert await other.document("a") is None
     await one.close()
     await other.close()
@@ -475,7 +476,7 @@ async def test_a_reopened_folder_holds_what_was_written(tmp_path: Path) -> None:
     store = reopen(tmp_path)
     await put(store, "kept", "a fox digs", lang="en")
     await put(store, "deleted", "a fox sleeps")
-    await store.delete("deleted")
+    await delete(store, "deleted")
     before = await search(store, "fox")
     await store.close()
     store = reopen(tmp_path)

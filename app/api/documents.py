@@ -89,9 +89,9 @@ def documents_router(services: Services) -> APIRouter:
 
     @router.delete("/v1/documents/{document_id:path}")
     async def delete_document(document_id: str) -> dict[str, Any]:
-        """Remove a document with all its chunks."""
-        await retriever.delete(document_id)
-        return {"id": document_id, "object": "document.deleted", "deleted": True}
+        """Remove a document with all its chunks; answered when queries have shown that none of them is found."""
+        receipt = await retriever.delete(document_id)
+        return {"id": document_id, "object": "document.deleted", "deleted": True, "receipt": asdict(receipt)}
 
     @router.post("/v1/search")
     async def search(body: SearchRequest) -> dict[str, Any]:
