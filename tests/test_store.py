@@ -1,13 +1,12 @@
 """One contract for all stores, then what each one promises.
 
-The server is met over HTTP, and is a stand-in: see `tests/qdrant_peer.py`. The embedded store is killed at any moment.
+The server is met over HTTP, and is a stand-in: see `tests/qdrant_peer.py`. What kills do is tested in `test_life.py`.
 """
 
 import asyncio
 import contextlib
 import itertools
 import random
-import signal
 import subprocess
 import sys
 import uuid
@@ -535,59 +534,12 @@ async def test_a_clock_that_was_set_back_does_not_keep_the_old_version(
     await store.close()
 
 
-async def test_a_killed_writer_leaves_every_document_whole(tmp_path: Path) -> None:
-    generator = random.Random(11)
-    written: dict[str, int] = {}
-    for _ in range(10):
-        writer = run_python(WRITE, tmp_path / "collection", str(generator.random()))
-        assert writer.stdout is not None
-        for _ in range(generator.randint(1, 30)):
-            document_id, num_chunks = writer.stdout.readline().split()
-            written[document_id] = int(num_chunks)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            writer.wait(timeout=generator.uniform(0, 0.02))
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-        await check_every_document_is_whole(tmp_path, written)
-
-
-async def check_every_document_is_whole(folder: Path, written: dict[str, int]) -> None:
-    store = reopen(folder)
-    documents = await store.documents(limit=1_000)
-    assert {stored.id for stored in documents} >= written.keys()
-    for stored in documents:
-        found = await chunks_of(store, stored.id)
-        assert len(found) == stored.num_chunks
-        assert {text.split()[0] for text in found} <= {stored.title}
-    assert await store.counts() == (len(documents), sum(stored.num_chunks for stored in documents))
-    await store.close()
-
-
 OPEN = """
 import sys
 from pathlib import Path
 from app.store.edge import open_edge_store
 manifest = {"embedding.model": "fake", "chunking.max_tokens": 160}
 store = open_edge_store(Path(sys.argv[1]), dimension=8, manifest=manifest)
-"""
-
-# Writes and rewrites 20 documents of up to three pieces without an end, and says so when one is written.
-WRITE = f"""{OPEN}
-import asyncio, random
-from app.domain import Chunk, Document, EncodedChunk
-
-async def write(generator):
-    while True:
-        name, version = f"d{{generator.randrange(20)}}", str(generator.random())
-        document = Document(name, version, "text", metadata={{"name": name}})
-        chunks = [
-            EncodedChunk(Chunk(index, f"{{version}} {{index}}", 0, 1), (0.5,) * 8, {{index: 1.0}})
-            for index in range(generator.choice([0, 1, 3, 20, 150, 300]))
-        ]
-        await store.put(document, chunks)
-        print(name, len(chunks), flush=True)
-
-asyncio.run(write(random.Random(sys.argv[2])))
 """
 
 
