@@ -79,8 +79,12 @@ class StoredDocument:
     num_chunks: int
     num_characters: int
     content_hash: str
+    version: int
+    """Counts the writes of this document, from 1; a document that was deleted and is added again starts anew."""
     ingested_at: float
-    """Seconds since the epoch."""
+    """When it was first written, in seconds since the epoch."""
+    updated_at: float
+    """When this version was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,22 @@ class IngestReceipt:
     num_truncated_chunks: int = 0
     """Chunks that the encoder's window would cut: always 0, counted to prove it."""
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeletionReceipt:
+    """A document is gone: after it was removed, queries looked for its chunks and found none.
+
+    `checks` counts these queries by what they asked: `filter` (all its chunks by its id), `dense` and `sparse` (the
+    vectors that its chunks had).
+    """
+
+    document_id: str
+    version: int
+    num_chunks: int
+    verified_at: float
+    """Seconds since the epoch."""
+    checks: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)

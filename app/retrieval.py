@@ -7,7 +7,9 @@ from typing import Protocol
 
 from app import sparse
 from app.chunking import sentences
+from app.deletion import delete
 from app.domain import (
+    DeletionReceipt,
     Document,
     IngestReceipt,
     Passage,
@@ -54,8 +56,8 @@ class Retriever(Protocol):
         """Read one document with its text. Raises `DocumentNotFound`."""
         ...
 
-    async def delete(self, document_id: str) -> None:
-        """Remove a document and all its chunks. Raises `DocumentNotFound`."""
+    async def delete(self, document_id: str) -> DeletionReceipt:
+        """Remove a document and all its chunks, proved by queries. Raises `DocumentNotFound` or `DeletionFailed`."""
         ...
 
     async def info(self) -> RetrieverInfo:
@@ -127,10 +129,12 @@ class LocalRetriever:
             raise _not_found(document_id)
         return found
 
-    async def delete(self, document_id: str) -> None:
+    async def delete(self, document_id: str) -> DeletionReceipt:
         """See `Retriever.delete`."""
-        if not await self._store.delete(document_id):
+        receipt = await delete(self._store, document_id)
+        if receipt is None:
             raise _not_found(document_id)
+        return receipt
 
     async def info(self) -> RetrieverInfo:
         """See `Retriever.info`."""

@@ -18,7 +18,7 @@ LAYERS = [
     {"prompts", "grounding"},
     {"gate", "models", "sizing"},
     {"embedding", "store", "llm"},
-    {"planning", "ingestion", "reranking"},
+    {"planning", "ingestion", "deletion", "reranking"},
     {"retrieval"},
     {"chat"},
     {"services"},
