@@ -124,6 +124,10 @@ class SearchQuery:
     top_k: int
     filters: Filters = field(default_factory=dict)
     num_scored: int = 0
+    context: tuple[str, ...] = ()
+    """The user's earlier questions, newest first; they count lightly."""
+    recognise_filters: bool = False
+    """Also filter by authors and other metadata values that `text` names, in fields that `filters` leaves open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,10 @@ class SearchResult:
 
     passages: tuple[Passage, ...]
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    recognised_filters: Filters = field(default_factory=dict)
+    """What was read from the question and filtered by."""
+    notice: str | None = None
+    """Why the filters match no document, for the reader; None where they match or there are none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from app import sparse
 from app.chunking import sentences
 from app.domain import (
     Document,
+    Filters,
     IngestReceipt,
     Passage,
     RetrieverInfo,
@@ -20,12 +20,17 @@ from app.domain import (
 from app.embedding import Embedder, Vectors
 from app.errors import DocumentNotFound, UnknownFilter
 from app.ingestion import Ingestor
+from app.query_encoding import encode_query
+from app.self_query import MetadataIndex
 from app.settings import RetrievalSettings
 from app.store import Store
 from app.telemetry import Stopwatch
 
 MAX_CACHED_PASSAGES = 4096
 """Sentence vectors kept: about 10 kB a passage; the oldest go first."""
+
+MAX_METADATA_AGE_S = 30.0
+"""What this process writes is known at once."""
 
 
 class Retriever(Protocol):
@@ -74,30 +79,43 @@ class LocalRetriever:
         self._ingestor = ingestor
         self._settings = settings
         self._collection = collection
+        self._metadata_index = MetadataIndex({})
+        self._metadata_expires = 0.0
+        self._metadata_writes = -1
+        self._num_writes = 0
+        self._reading_metadata = asyncio.Lock()
         self._sentence_vectors: dict[str, tuple[list[str], Vectors]] = {}
 
     async def search(self, query: SearchQuery) -> SearchResult:
         """Embed the question, search both lists in the engine, score the sentences of the best passages."""
         watch = Stopwatch()
         await self._check_filters(query)
+        recognised = await self._recognised(query)
+        filters = {**query.filters, **recognised}
         with watch.stage("embed"):
-            question = (await self._embedder.embed([query.text]))[0]
+            vectors = await self._embedder.embed([query.text, *query.context])
+        question, terms = encode_query(query.text, query.context, vectors)
         with watch.stage("search"):
             passages = await self._store.search(
                 question.tolist(),
-                sparse.encode_query(query.text),
-                filters=query.filters,
+                terms,
+                filters=filters,
                 limit=query.top_k,
                 num_candidates=max(self._settings.num_candidates, query.top_k),
                 weights=(self._settings.dense_weight, self._settings.sparse_weight),
             )
         with watch.stage("score_sentences"):
             scored = await self._with_sentences(passages[: query.num_scored], question)
-        return SearchResult((*scored, *passages[query.num_scored :]), watch.timings_ms)
+        notice = None if passages or not filters else (await self._metadata()).explain(filters, recognised)
+        found = (*scored, *passages[query.num_scored :])
+        return SearchResult(found, watch.timings_ms, recognised, notice)
 
     async def ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
         """See `Retriever.ingest`."""
-        return await self._ingestor.ingest(documents)
+        try:
+            return await self._ingestor.ingest(documents)
+        finally:
+            self._num_writes += 1
 
     async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
         """See `Retriever.documents`."""
@@ -114,6 +132,7 @@ class LocalRetriever:
         """See `Retriever.delete`."""
         if not await self._store.delete(document_id):
             raise _not_found(document_id)
+        self._num_writes += 1
 
     async def info(self) -> RetrieverInfo:
         """See `Retriever.info`."""
@@ -140,6 +159,23 @@ class LocalRetriever:
                 f"No document has the field {unknown[0]!r}. Fields that can be filtered: {', '.join(known) or 'none'}.",
                 param=f"filters.{unknown[0]}",
             )
+
+    async def _recognised(self, query: SearchQuery) -> Filters:
+        """Read filters from the question; none for a value that nothing holds."""
+        if not query.recognise_filters:
+            return {}
+        return (await self._metadata()).recognise(query.text, given=query.filters)
+
+    async def _metadata(self) -> MetadataIndex:
+        """Give the values to recognise, at most `MAX_METADATA_AGE_S` old: other processes may write too."""
+        async with self._reading_metadata:
+            now = asyncio.get_running_loop().time()
+            if now > self._metadata_expires or self._metadata_writes != self._num_writes:
+                self._metadata_writes = self._num_writes
+                values = await self._store.metadata_values()
+                self._metadata_index = await asyncio.to_thread(MetadataIndex, values)
+                self._metadata_expires = now + MAX_METADATA_AGE_S
+            return self._metadata_index
 
     async def _with_sentences(self, passages: Sequence[Passage], question: Vectors) -> list[Passage]:
         scored = []

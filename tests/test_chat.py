@@ -12,7 +12,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.chat import NO_MATCH, REFUSAL, AnswerEnd, AnswerStart, AnswerText, ChatRequest, ChatService
+from app.chat import REFUSAL, AnswerEnd, AnswerStart, AnswerText, ChatRequest, ChatService
 from app.citations import find_citations
 from app.domain import Document, Grounding, Message, Passage, SamplingParams, Sentence
 from app.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, LLMUnavailable, UnknownFilter
@@ -123,7 +123,8 @@ async def test_the_refusal_needs_no_engine(retriever: LocalRetriever) -> None:
 @in_one_loop
 async def test_a_filter_that_nothing_matches_is_said(retriever: LocalRetriever) -> None:
     answer = await answered(service(retriever, ScriptedLLM("Hi."), "off"), asking(filters={"author": "Nobody"}))
-    assert (answer.text, answer.end.grounded, answer.start.sources) == (NO_MATCH, "refused", ())
+    assert answer.text == 'No document matches the filters: none has author "Nobody".'
+    assert (answer.end.grounded, answer.start.sources, answer.start.notice) == ("refused", (), answer.text)
 
 
 @in_one_loop

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import qdrant_edge as engine
 from qdrant_edge import EdgeShard, FieldCondition, Filter, MatchAny, MatchValue, UpdateOperation
 
-from app.domain import Document, EncodedChunk, Filters, Passage, StoredDocument
+from app.domain import Document, EncodedChunk, Filters, Passage, Scalar, StoredDocument
 from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
 from app.store import Manifest
 from app.store.payload import (
@@ -31,6 +31,7 @@ from app.store.payload import (
     KEYWORD_FIELDS,
     MANIFEST_ID,
     MAX_FIELDS,
+    MAX_VALUES,
     RANK_CONSTANT,
     SPARSE,
     Payload,
@@ -48,6 +49,7 @@ from app.store.payload import (
     split,
     stored_document,
     terms_of,
+    values_by_field,
 )
 
 T = TypeVar("T")
@@ -154,6 +156,10 @@ class EdgeStore:
         """List the metadata fields of all documents, sorted."""
         return await self._run(self._filter_fields)
 
+    async def metadata_values(self) -> Mapping[str, list[Scalar]]:
+        """List the metadata values of all chunks by field."""
+        return await self._run(self._metadata_values)
+
     async def close(self) -> None:
         """Flush and release the folder."""
         await self._run(self._shard.close)
@@ -251,6 +257,11 @@ class EdgeStore:
     def _filter_fields(self) -> tuple[str, ...]:
         hits = self._shard.facet(engine.FacetRequest(key="fields", limit=MAX_FIELDS, exact=True)).hits
         return tuple(sorted(str(hit.value) for hit in hits if hit.count))
+
+    def _metadata_values(self) -> Mapping[str, list[Scalar]]:
+        of_chunks = Filter(must=[_is("kind", "chunk")])
+        request = engine.FacetRequest(key="terms", limit=MAX_VALUES, exact=True, filter=of_chunks)
+        return values_by_field(str(hit.value) for hit in self._shard.facet(request).hits if hit.count)
 
 
 def _create(path: Path, dimension: int, manifest: Manifest) -> None:
