@@ -90,11 +90,11 @@ class LocalRetriever:
         """Embed the question, search both lists in the engine, score the sentences of the best passages."""
         watch = Stopwatch()
         await self._check_filters(query)
-        recognised = await self._recognised(query)
+        recognised, text = await self._recognise(query)
         filters = {**query.filters, **recognised}
         with watch.stage("embed"):
-            vectors = await self._embedder.embed([query.text, *query.context])
-        question, terms = encode_query(query.text, query.context, vectors)
+            vectors = await self._embedder.embed([text, *query.context])
+        question, terms = encode_query(text, query.context, vectors)
         with watch.stage("search"):
             passages = await self._store.search(
                 question.tolist(),
@@ -160,11 +160,12 @@ class LocalRetriever:
                 param=f"filters.{unknown[0]}",
             )
 
-    async def _recognised(self, query: SearchQuery) -> Filters:
-        """Read filters from the question; none for a value that nothing holds."""
+    async def _recognise(self, query: SearchQuery) -> tuple[Filters, str]:
+        """Read filters from the question; give them and what is left to search for."""
         if not query.recognise_filters:
-            return {}
-        return (await self._metadata()).recognise(query.text, given=query.filters)
+            return {}, query.text
+        found = (await self._metadata()).recognise(query.text, query.filters, *query.context[:1])
+        return found.filters, found.rest
 
     async def _metadata(self) -> MetadataIndex:
         """Give the values to recognise, at most `MAX_METADATA_AGE_S` old: other processes may write too."""

@@ -65,6 +65,9 @@ _NEGATION = re.compile(
     r"instead of|(?:any|every|no)(?:one|body) but|but)"
     r"(?: (?:by|from|on|in|the|of|those|ones?|posts?|articles?|anything|written|what|tagged))*$"
 )
+_REFERS_BACK = re.compile(
+    r"^\W*(?:and|also|(?:what|how) about|(?:what|anything) else)\b|\b(?:he|him|his|she|her|hers)\b", re.IGNORECASE
+)
 _PUBLISHED_ON = re.compile(
     r"(?:\baccording to|\b(?:articles?|posts?|notes?|essays?|writings?|pages?|stor(?:y|ies)|publish\w*|posted|wrote|"
     r"written|write|appear\w*|says?|said)(?: \w+){0,2} (?:on|in|at|from|by))(?: the)?$"
@@ -98,7 +101,15 @@ class _Mention:
     end: int
     entries: frozenset[Entry]
     is_topic: bool = False
-    is_negated: bool = False
+    is_person: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recognition:
+    """The filters that a question names, and what is left to search for among the documents that match."""
+
+    filters: Mapping[str, Scalar | list[Scalar]]
+    rest: str
 
 
 class MetadataIndex:
@@ -120,20 +131,31 @@ class MetadataIndex:
                         field, value, is_person=bool(kinds & PERSON_FIELDS), is_outlet=bool(kinds & OUTLET_FIELDS)
                     )
 
-    def recognise(self, question: str, *, given: Collection[str] = ()) -> dict[str, Scalar | list[Scalar]]:
-        """Read filters from a question; the fields in `given` are already filtered and left alone.
+    def recognise(self, question: str, given: Filters, previous: str = "") -> Recognition:
+        """Read filters from a question, in fields that the filters `given` leave open.
 
-        Several values of one field mean any of them. A negated value is no filter.
+        Several values of one field mean any of them. A negated value is no filter. A question that refers back ("What
+        else did she write?") keeps the authors that the question before it, `previous`, names.
+
+        The names of authors that are filtered by are taken out of the question: all that can be found is theirs, and
+        the name would only draw the passages that hold it. On 60 questions that name one of six authors recall@5 is
+        .96 unfiltered, .95 filtered, and .99 filtered and without the name.
         """
+        question = unicodedata.normalize("NFC", question)
         words = _words(question)
-        mentions = [*self._named_people(question, words), *self._named_outlets(question, words)]
-        mentions += self._named_fields(question, words)
+        mentions = self._mentions(question, words)
+        people = [mention for mention in mentions if mention.is_person]
+        if not people and _REFERS_BACK.search(question):
+            earlier = unicodedata.normalize("NFC", previous)
+            mentions += [mention for mention in self._mentions(earlier, _words(earlier)) if mention.is_person]
         found: dict[str, set[Scalar]] = {}
-        for mention in _meant(mentions, words):
-            for field, value in mention.entries:
-                if field not in given:
-                    found.setdefault(field, set()).add(value)
-        return {field: _one_or_more(values) for field, values in sorted(found.items())}
+        for field, value in (entry for mention in mentions for entry in mention.entries):
+            if field not in given:
+                found.setdefault(field, set()).add(value)
+        filters = {field: _one_or_more(values) for field, values in sorted(found.items())}
+        filtered = {**given, **filters}
+        names = [one for one in people if all(_holds(filtered[field], value) for field, value in one.entries)]
+        return Recognition(filters, _without(question, words, names))
 
     def explain(self, filters: Filters, recognised: Filters) -> str:
         """Say why no document matches: which value no document has, with those that are most like it."""
@@ -169,6 +191,10 @@ class MetadataIndex:
         alike = difflib.get_close_matches(" ".join(asked), held, MAX_SUGGESTIONS, MIN_SIMILARITY)
         return [held[text] for text in dict.fromkeys([*alike, *sorted(holding)])]
 
+    def _mentions(self, question: str, words: Sequence[_Word]) -> list[_Mention]:
+        mentions = [*self._named_people(question, words), *self._named_outlets(question, words)]
+        return _meant([*mentions, *self._named_fields(question, words)], words)
+
     # --- People ---
 
     def _named_people(self, question: str, words: Sequence[_Word]) -> Iterator[_Mention]:
@@ -184,7 +210,7 @@ class MetadataIndex:
         found = _longest(self._people, question, words, position)
         if found and found[0] - position > 1:
             end, entries = found
-            mention = _Mention(position, end, frozenset(entries))
+            mention = _Mention(position, end, frozenset(entries), is_person=True)
             is_written_as_name = has_case and all(
                 word.is_capital or word.text in _PARTICLES for word in words[position:end]
             )
@@ -204,7 +230,7 @@ class MetadataIndex:
         if len(bearers) != 1:
             return None
         (name,) = bearers
-        mention = _Mention(position, position + 1, frozenset(self._people[name]))
+        mention = _Mention(position, position + 1, frozenset(self._people[name]), is_person=True)
         is_pseudonym = len(name) == 1 and any(value == str(value).lower() for _, value in mention.entries)
         if not (word.is_capital and has_case) and not is_pseudonym:
             return None
@@ -421,12 +447,25 @@ def _meant(mentions: Iterable[_Mention], words: Sequence[_Word]) -> list[_Mentio
     return kept
 
 
+def _without(question: str, words: Sequence[_Word], names: Sequence[_Mention]) -> str:
+    """Take names out of a question; one that consists of nothing else stays."""
+    rest = question
+    for name in sorted(names, key=lambda one: -one.start):
+        start, end = words[name.start].start, words[name.end - 1].end
+        rest = rest[:start].rstrip() + " " + re.sub(r"^['’]s\b", "", rest[end:]).lstrip(" ")
+    return rest.strip() if _WORD.search(rest) else question
+
+
 # --- Values ----------------------------------------------------------------------------------------------------------
 
 
 def _one_or_more(values: set[Scalar]) -> Scalar | list[Scalar]:
     ordered = sorted(values, key=str)
     return ordered[0] if len(ordered) == 1 else ordered
+
+
+def _holds(wanted: Scalar | list[Scalar], value: Scalar) -> bool:
+    return any(_same(one, value) for one in (wanted if isinstance(wanted, list) else [wanted]))
 
 
 def _same(wanted: Scalar, held: Scalar) -> bool:
