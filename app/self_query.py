@@ -53,7 +53,8 @@ _WORK = (
     r"posts?|projects?|recommendations?|reports?|reviews?|setup|stance|stor(?:y|ies)|suggestions?|take|talks?|"
     r"thoughts?|tips|tutorials?|views?|work|workflow|writings?)\b"
 )
-_SOURCE = re.compile(r"\b(?:by|according to|did|does|has|had|would|author|authors)$")
+_SOURCE = re.compile(r"\b(?:by|according to|author|authors)$")
+_DOES = re.compile(r"\b(?:did|does|has|had|would)$")
 _SAYS_NEXT = re.compile(_SAYS)
 _WORK_NEXT = re.compile(_WORK)
 _TOPIC = re.compile(
@@ -235,7 +236,9 @@ class MetadataIndex:
         if not (word.is_capital and has_case) and not is_pseudonym:
             return None
         is_part_of_a_name = _continues_a_name(question, words, position) or _goes_on_as_name(question, words, position)
-        if is_part_of_a_name or not _is_source(question, words, mention):
+        # A first name alone is also that of kings, saints and places: "did Henry" tells less than "did Henry write".
+        is_source = _is_source(question, words, mention, by_any_verb=word.text == name[-1])
+        if is_part_of_a_name or not is_source:
             return None
         return replace(mention, is_topic=_is_topic(question, words, mention))
 
@@ -410,10 +413,11 @@ def _is_possessive(question: str, words: Sequence[_Word], end: int) -> bool:
     return bool(re.match(r"['’]", question[words[end - 1].end :]))
 
 
-def _is_source(question: str, words: Sequence[_Word], mention: _Mention) -> bool:
+def _is_source(question: str, words: Sequence[_Word], mention: _Mention, *, by_any_verb: bool = True) -> bool:
     """Tell whether the person is asked as an author: "by Lynch", "did Lynch", "Lynch wrote", "Lynch's advice"."""
     titled = mention.start and words[mention.start - 1].text in _TITLES
-    if _SOURCE.search(_before(words, mention.start - bool(titled))):
+    before = _before(words, mention.start - bool(titled))
+    if _SOURCE.search(before) or (by_any_verb and _DOES.search(before)):
         return True
     after = _after(words, mention.end)
     if _is_possessive(question, words, mention.end):

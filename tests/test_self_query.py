@@ -88,6 +88,7 @@ def test_accents_case_and_hyphens_make_no_difference(question: str) -> None:
         "What Is The Max Power Of An Engine Today",
         "Will the cache be freed by Friday?",
         "What did Simon say about caches?",
+        "When did Ludwig issue the edict?",
         "What does Peter Michael Lynch think?",
     ],
 )

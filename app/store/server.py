@@ -172,9 +172,7 @@ class ServerStore:
         """List the metadata values of all chunks by field."""
         of_chunks = models.Filter(must=[_is("kind", "chunk")])
         async with _translated():
-            found = await self._client.facet(
-                self._collection, "terms", facet_filter=of_chunks, limit=MAX_VALUES, exact=True
-            )
+            found = await self._client.facet(self._collection, "terms", facet_filter=of_chunks, limit=MAX_VALUES)
         return values_by_field(str(hit.value) for hit in found.hits if hit.count)
 
     async def close(self) -> None:
