@@ -8,6 +8,8 @@ from app.domain import Message
 from app.errors import InvalidRequest, LLMUnavailable, Overloaded
 from app.planning import MAX_CONTEXT, MAX_REWRITTEN_TOKENS, RewritingFailed, plan_query, rewrite_question
 from app.prompts import MAX_REWRITING_TURNS, MAX_TURN_CHARACTERS
+from app.services import decide_planning
+from app.settings import Device, LLMSettings, PlanningSettings, Settings
 from tests.scripted_llm import ScriptedLLM
 
 TALK = (
@@ -41,6 +43,24 @@ def test_empty_and_endless_turns_do_no_harm() -> None:
 def test_without_a_question_there_is_nothing_to_plan(messages: list[Message]) -> None:
     with pytest.raises(InvalidRequest):
         plan_query(messages)
+
+
+@pytest.mark.parametrize(
+    ("llm", "device", "expected"),
+    [
+        (LLMSettings(), "cpu", "never"),
+        (LLMSettings(), "gpu", "always"),
+        (LLMSettings(engine="openai", url="http://127.0.0.1:1/v1", model="m"), "cpu", "always"),
+        (LLMSettings(engine="extractive"), "gpu", "never"),
+    ],
+)
+def test_only_a_model_that_can_rewrites_unless_the_settings_say_otherwise(
+    llm: LLMSettings, device: Device, expected: str
+) -> None:
+    assert decide_planning(Settings(llm=llm), device).rewrite == expected
+    for chosen in ("always", "never"):
+        settings = Settings(llm=llm, planning=PlanningSettings(rewrite=chosen))
+        assert decide_planning(settings, device).rewrite == chosen
 
 
 # --- Rewriting by the model ------------------------------------------------------------------------------------------
