@@ -172,7 +172,7 @@ class ChatService:
 
     async def _make_standalone(self, run: "_Run") -> None:
         """Have a follow-up rewritten by a model that can; else the earlier questions count lightly."""
-        if self._planning.rewrite != "always" or not run.plan.context:
+        if self._planning.rewrite != "always" or not run.plan.may_depend:
             return
         timeout_s = min(self._planning.rewrite_timeout_s, REWRITING_SHARE * run.request.timeout_s)
         request = run.request

@@ -31,6 +31,11 @@ class Plan:
     question: str
     context: tuple[str, ...] = ()
 
+    @property
+    def may_depend(self) -> bool:
+        """Whether the question may need earlier turns to be understood; a long text stands alone."""
+        return bool(self.context) and len(self.question) <= MAX_CONTEXT_CHARACTERS
+
 
 class RewritingFailed(Exception):
     """The model gave no standalone question; the text says why, for the log."""
@@ -69,7 +74,7 @@ async def rewrite_question(messages: Sequence[Message], llm: LLM, *, request_id:
         raise RewritingFailed(error.message) from error
     question = _LABEL.sub("", normalise(text).strip()).partition("\n")[0].strip(" \"'“”")
     terms = set(sparse.encode_query(question))
-    known = {term for message in messages for term in sparse.encode_query(message.content)}
+    known = set(sparse.encode_query(prompt[-1].content))
     if not terms or len(terms & known) < MIN_SHARED_TERMS * len(terms):
         raise RewritingFailed(f"not a question about the conversation: {question[:100]!r}")
     return question

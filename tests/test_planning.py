@@ -37,6 +37,9 @@ def test_empty_and_endless_turns_do_no_harm() -> None:
     plan = plan_query([Message("user", " "), Message("user", "word " * 100_000), Message("user", "last")])
     assert len(plan.context) == 1
     assert len(plan.context[0]) < 1_001
+    assert plan.may_depend
+    assert not plan_query([Message("user", "first"), Message("user", "word " * 1_000)]).may_depend
+    assert not plan_query([Message("assistant", "Hello."), Message("user", "first")]).may_depend
 
 
 @pytest.mark.parametrize("messages", [[], [Message("assistant", "Hello.")], [Message("user", " \n")]])

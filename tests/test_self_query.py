@@ -1,35 +1,37 @@
 """Which authors and values a question is taken to name. The people are invented."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from app.domain import Filters
-from app.self_query import MetadataIndex, describe
+from app.domain import Filters, Scalar
+from app.self_query import MetadataIndex, Recognition, describe
 
-INDEX = MetadataIndex(
-    {
-        "author": [
-            "Michael Lynch",
-            "Renée Dubois-Martín",
-            "Max Power",
-            "Anna Maria Rossi",
-            "Maria Rossi",
-            "Simon Vale",
-            "Simon Okafor",
-            "Will Larkin",
-            "Ludwig van der Berg",
-            "teodora",
-            "Roe, Jane",
-            "Jane Roe and John Doe",
-        ],
-        "domain": ["cloud", "govt"],
-        "platform": ["medium.example", "wiki.lanternfish.example", "Medium", "Lanternfish Platform Wiki"],
-        "tags": ["rust", "rust, go", "python", "machine learning"],
-        "language": ["english"],
-        "kind": ["post", "note"],
-        "year": [2024, 2025],
-        "draft": [True],
-    }
-)
+VALUES: dict[str, list[Scalar]] = {
+    "author": [
+        "Michael Lynch",
+        "Renée Dubois-Martín",
+        "Max Power",
+        "Anna Maria Rossi",
+        "Maria Rossi",
+        "Simon Vale",
+        "Simon Okafor",
+        "Will Larkin",
+        "Ludwig van der Berg",
+        "teodora",
+        "Roe, Jane",
+        "Jane Roe and John Doe",
+    ],
+    "domain": ["cloud", "govt"],
+    "platform": ["medium.example", "wiki.lanternfish.example", "Medium", "Lanternfish Platform Wiki"],
+    "tags": ["rust", "rust, go", "python", "machine learning"],
+    "language": ["english"],
+    "kind": ["post", "note"],
+    "year": [2024, 2025],
+    "draft": [True],
+}
+INDEX = MetadataIndex(VALUES)
+PIECES = st.sampled_from("Michael Lynch 's ' _ . - by not author: tagged rust or medium.example e\u0301 ?".split())
 LYNCH: Filters = {"author": "Michael Lynch"}
 DUBOIS: Filters = {"author": "Renée Dubois-Martín"}
 ROSSI_OR_LYNCH: Filters = {"author": ["Maria Rossi", "Michael Lynch"]}
@@ -238,6 +240,20 @@ def test_filters_that_match_nothing_are_explained(filters: Filters, recognised: 
 
 def test_filters_are_described_for_a_reader() -> None:
     assert describe({"author": ["Ann", "Bo"], "year": 2024}) == 'author "Ann" or "Bo" and year 2024'
+
+
+@given(st.lists(PIECES, min_size=1))
+def test_whatever_the_question_only_values_that_are_held_are_recognised(pieces: list[str]) -> None:
+    for question in (" ".join(pieces), "".join(pieces)):
+        found = INDEX.recognise(question, {}, question)
+        assert found.rest
+        for field, wanted in found.filters.items():
+            assert set(wanted if isinstance(wanted, list) else [wanted]) <= set(VALUES[field])
+
+
+def test_names_in_a_pasted_text_are_no_filter() -> None:
+    question = "Summarise this. " + "Michael Lynch wrote it. " * 100
+    assert INDEX.recognise(question, {}) == Recognition({}, question)
 
 
 def test_thousands_of_values_are_recognised_as_well() -> None:
