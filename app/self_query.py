@@ -55,13 +55,13 @@ _WORK = (
     r"posts?|projects?|recommendations?|reports?|reviews?|setup|stance|stor(?:y|ies)|suggestions?|take|talks?|"
     r"thoughts?|tips|tutorials?|views?|work|workflow|writings?)\b"
 )
-_SOURCE = re.compile(r"\b(?:by|according to|author|authors)$")
+_SOURCE = re.compile(r"\b(?:by|according to|author|authors)(?: the)?$")
 _DOES = re.compile(r"\b(?:did|does|has|had|would)$")
 _SAYS_NEXT = re.compile(_SAYS)
 _WORK_NEXT = re.compile(_WORK)
 _TOPIC = re.compile(
     r"\b(?:about|regarding|concerning|mention(?:s|ed|ing)?|cit(?:es?|ed|ing)|quot(?:es?|ed|ing)|than|like|versus|vs|"
-    r"interview(?:s|ed|ing)?(?: with)?|(?:who|whom) (?:is|was))$"
+    r"interview(?:s|ed|ing)?(?: with)?|(?:who|whom|what) (?:is|was|are|were)(?: the)?)$"
 )
 _NEGATION = re.compile(
     r"\b(?:not|nor|neither|except(?: for)?|excluding|without|besides|unlike|(?:other|rather) than|(?:apart|aside) from|"
@@ -182,8 +182,9 @@ class MetadataIndex:
         if is_person:
             for name in names:
                 self._people.setdefault(name, set()).add(entry)
-                for word in {name[0], name[-1]} if name else ():
-                    self._single_names.setdefault(word, set()).add(name)
+                without_initials = tuple(word for word in name if len(word) > 1)
+                for word in {*without_initials[:1], *without_initials[-1:]}:
+                    self._single_names.setdefault(word, set()).add(without_initials)
         if is_outlet and _HOST.fullmatch(value):
             self._hosts.setdefault(value.casefold(), set()).add(entry)
         elif is_outlet:
@@ -216,7 +217,9 @@ class MetadataIndex:
         if found and found[0] - position > 1:
             end, entries = found
             mention = _Mention(position, end, frozenset(entries), is_person=True)
-            is_written_as_name = has_case and all(
+            # "the World Bank" is no person.
+            is_named = has_case and not (position and words[position - 1].text == "the")
+            is_written_as_name = is_named and all(
                 word.is_capital or word.text in _PARTICLES for word in words[position:end]
             )
             if _continues_a_name(question, words, position) or not (
@@ -240,8 +243,9 @@ class MetadataIndex:
         if not (word.is_capital and has_case) and not is_pseudonym:
             return None
         is_part_of_a_name = _continues_a_name(question, words, position) or _goes_on_as_name(question, words, position)
-        # A first name alone is also that of kings, saints and places: "did Henry" tells less than "did Henry write".
-        is_source = _is_source(question, words, mention, by_any_verb=word.text == name[-1])
+        # A first name is also that of kings and places, and a name of one word that of a company: "did Henry" tells
+        # less than "did Henry write".
+        is_source = _is_source(question, words, mention, by_any_verb=word.text == name[-1] and len(name) > 1)
         if is_part_of_a_name or not is_source:
             return None
         return replace(mention, is_topic=_is_topic(question, words, mention))
