@@ -19,20 +19,23 @@ from app.domain import (
     Passage,
     SamplingParams,
     SearchQuery,
+    SearchResult,
 )
 from app.errors import DeadlineExceeded, LLMUnavailable, Unavailable
 from app.gate import Gate
 from app.grounding import is_supported, rank_evidence
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
-from app.planning import plan_query
+from app.planning import Plan, RewritingFailed, plan_query, rewrite_question
 from app.prompts import CITING_INSTRUCTIONS, PLAIN_INSTRUCTIONS
 from app.retrieval import Retriever
-from app.settings import AnswerSettings
+from app.self_query import describe
+from app.settings import AnswerSettings, PlanningSettings
 from app.telemetry import Stopwatch, logger
 
 REFUSAL = "The documents do not hold an answer to this question."
-NO_MATCH = "No document matches the filters of this request."
+REWRITING_SHARE = 0.25
+"""Of the request's time: what making a follow-up stand alone may take."""
 RETRIEVAL_SHARE = 0.5
 """Of the request's time: what retrieval may take, so that an answer can still be made."""
 QUOTING_RESERVE = 0.1
@@ -54,6 +57,7 @@ class ChatRequest:
     top_k: int
     timeout_s: float
     filters: Filters = field(default_factory=dict)
+    recognise_filters: bool = False
     use_documents: bool = True
 
 
@@ -64,6 +68,8 @@ class AnswerStart:
     sources: tuple[Passage, ...]
     query: str
     degraded: tuple[str, ...] = ()
+    recognised_filters: Filters = field(default_factory=dict)
+    notice: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +101,21 @@ AnswerEvent: TypeAlias = AnswerStart | AnswerText | AnswerEnd
 class ChatService:
     """Answers questions from the documents of a retriever with the words of an LLM."""
 
-    def __init__(self, retriever: Retriever, llm: LLM, *, grounding: Grounding, settings: AnswerSettings) -> None:
+    def __init__(
+        self,
+        retriever: Retriever,
+        llm: LLM,
+        *,
+        grounding: Grounding,
+        settings: AnswerSettings,
+        planning: PlanningSettings | None = None,
+    ) -> None:
         self._retriever = retriever
         self._llm = llm
         self._fallback = ExtractiveEngine()
         self._grounding = grounding
         self._settings = settings
+        self._planning = planning or PlanningSettings()
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Yield an `AnswerStart`, the text in pieces, and an `AnswerEnd`.
@@ -113,11 +128,12 @@ class ChatService:
             RetrieverUnavailable, LLMUnavailable, DeadlineExceeded.
         """
         run = _Run(request, plan_query(request.messages))
-        passages = await self._retrieve(run) if request.use_documents else ()
+        found = await self._retrieve(run) if request.use_documents else SearchResult(())
+        passages = found.passages
+        start = AnswerStart(passages, run.query, tuple(run.degraded), found.recognised_filters, found.notice)
         if request.use_documents and not self._holds_an_answer(run.query, passages):
-            refusal = NO_MATCH if request.filters and not passages else REFUSAL
-            yield AnswerStart(passages, run.query, tuple(run.degraded))
-            yield AnswerText(refusal)
+            yield start
+            yield AnswerText(_refusal(found))
             yield run.end(grounded="refused")
             return
         engines = (self._llm, self._fallback)
@@ -129,7 +145,7 @@ class ChatService:
             is_llm_required=self._settings.without_llm == "error",
         )
         async with first_delta as deltas:
-            yield AnswerStart(passages, run.query, tuple(run.degraded))
+            yield replace(start, degraded=tuple(run.degraded))
             text = ""
             async with aclosing(self._checked(run, deltas, passages[: self._settings.num_passages])) as pieces:
                 async for piece in pieces:
@@ -137,7 +153,8 @@ class ChatService:
                     yield AnswerText(piece)
         yield run.end(grounded=run.grounded, citations=find_citations(text) if request.use_documents else ())
 
-    async def _retrieve(self, run: "_Run") -> tuple[Passage, ...]:
+    async def _retrieve(self, run: "_Run") -> SearchResult:
+        await self._make_standalone(run)
         timeout_s = RETRIEVAL_SHARE * run.request.timeout_s
         query = SearchQuery(
             run.query,
@@ -145,13 +162,30 @@ class ChatService:
             run.request.filters,
             num_scored=self._settings.num_passages,
             timeout_s=timeout_s,
+            context=run.plan.context,
+            recognise_filters=run.request.recognise_filters,
         )
         with run.watch.stage("retrieve"):
             found = await run.within(timeout_s, self._retriever.search(query), "retrieval")
         for reason in found.degraded:
             run.degrade(reason)
         run.watch.timings_ms |= {f"retrieve.{stage}": duration for stage, duration in found.timings_ms.items()}
-        return found.passages
+        return found
+
+    async def _make_standalone(self, run: "_Run") -> None:
+        """Have a follow-up rewritten by a model that can; else the earlier questions count lightly."""
+        if self._planning.rewrite != "always" or not run.plan.may_depend:
+            return
+        timeout_s = min(self._planning.rewrite_timeout_s, REWRITING_SHARE * run.request.timeout_s)
+        request = run.request
+        try:
+            with run.watch.stage("rewrite"):
+                question = await rewrite_question(
+                    request.messages, self._llm, request_id=request.request_id, timeout_s=timeout_s
+                )
+            run.plan = Plan(question)
+        except RewritingFailed as error:
+            run.degrade("rewriting_skipped", str(error))
 
     def _holds_an_answer(self, question: str, passages: tuple[Passage, ...]) -> bool:
         if self._grounding == "off":
@@ -230,12 +264,22 @@ class ChatService:
             run.grounded = "flagged" if run.unsupported else "model"
 
 
+def _refusal(found: SearchResult) -> str:
+    """Word the refusal: what the question itself narrowed the search to is said."""
+    if found.notice:
+        return found.notice
+    if found.recognised_filters:
+        named = describe(found.recognised_filters)
+        return f"The documents with {named}, which the question names, do not hold an answer to it."
+    return REFUSAL
+
+
 class _Run:
     """The state of one answer: its deadline, its timings, and what is said of it at the end."""
 
-    def __init__(self, request: ChatRequest, query: str) -> None:
+    def __init__(self, request: ChatRequest, plan: Plan) -> None:
         self.request = request
-        self.query = query
+        self.plan = plan
         self.watch = Stopwatch()
         self.degraded: list[str] = []
         self.grounded: Grounded = "unchecked"
@@ -245,6 +289,11 @@ class _Run:
         self.first = Delta("")
         self._last = Delta("")
         self._started = asyncio.get_running_loop().time()
+
+    @property
+    def query(self) -> str:
+        """What is searched for."""
+        return self.plan.question
 
     def degrade(self, reason: str, why: str = "") -> None:
         """Name something that the answer had to do without; `why` is for the log."""
