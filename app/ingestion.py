@@ -48,7 +48,9 @@ class Ingestor:
         outcomes = [await self._reported(document, self._draft(document)) for document in documents]
         drafts = [outcome for outcome in outcomes if isinstance(outcome, _Draft)]
         # All in one call: short documents share the encoder's batches.
-        vectors = iter((await self._embedder.embed([text for draft in drafts for text in draft.texts])).tolist())
+        vectors = iter(
+            (await self._embedder.embed_documents([text for draft in drafts for text in draft.texts])).tolist()
+        )
         receipts = []
         for outcome in outcomes:
             if isinstance(outcome, _Draft):
@@ -135,6 +137,8 @@ def manifest(embedder: Embedder, settings: ChunkingSettings) -> Manifest:
         "embedding.revision": embedder.revision,
         "embedding.dimension": embedder.dimension,
         "embedding.window": embedder.window,
+        "embedding.query_prefix": embedder.query_prefix,
+        "embedding.document_prefix": embedder.document_prefix,
         "chunking.max_tokens": settings.max_tokens,
         "text.format": TEXT_FORMAT,
         **sparse.MANIFEST,

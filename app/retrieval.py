@@ -81,7 +81,7 @@ class LocalRetriever:
         watch = Stopwatch()
         await self._check_filters(query)
         with watch.stage("embed"):
-            question = (await self._embedder.embed([query.text]))[0]
+            question = (await self._embedder.embed_queries([query.text]))[0]
         with watch.stage("search"):
             passages = await self._store.search(
                 question.tolist(),
@@ -157,7 +157,7 @@ class LocalRetriever:
         found = self._sentence_vectors.get(key)
         if found is None:
             texts = await asyncio.to_thread(sentences, passage.text)
-            found = self._sentence_vectors[key] = (texts, await self._embedder.embed(texts))
+            found = self._sentence_vectors[key] = (texts, await self._embedder.embed_documents(texts))
             while len(self._sentence_vectors) > MAX_CACHED_PASSAGES:
                 del self._sentence_vectors[next(iter(self._sentence_vectors))]
         return found

@@ -16,7 +16,7 @@ LAYERS = [
     {"telemetry", "config", "dashboard"},
     {"loaders", "chunking", "sparse", "citations"},
     {"prompts", "grounding"},
-    {"gate", "models", "sizing"},
+    {"gate", "models", "sizing", "acceleration"},
     {"embedding", "store", "llm"},
     {"planning", "ingestion"},
     {"retrieval"},
