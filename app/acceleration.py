@@ -37,7 +37,7 @@ def accelerate(model: Any, *, dtype: DType, num_threads: int) -> bool:
 
     Returns False, and leaves the model as it was, if OpenVINO cannot run it or computes something else.
     """
-    expected = model.encode(PROBES, normalize_embeddings=True)
+    expected = model.encode(PROBES, normalize_embeddings=True, batch_size=1)
     transformer = model.transformers_model
     try:
         transformer.forward = _compiled(transformer, model.preprocess(PROBES[1:3]), dtype, num_threads)
@@ -61,7 +61,6 @@ def _compiled(
     """Convert and compile the transformer; returns what takes the place of its `forward`."""
     import openvino
     import torch
-    from transformers.utils import logging
 
     accepted = inspect.signature(transformer.forward).parameters
     inputs = {name: value for name, value in features.items() if name in accepted and torch.is_tensor(value)}
@@ -76,12 +75,11 @@ def _compiled(
         def forward(self, *values: torch.Tensor) -> Any:
             return self.transformer(**dict(zip(inputs, values, strict=True)), return_dict=True).last_hidden_state
 
-    verbosity = logging.get_verbosity()
-    # Tracing warns of each Python value that it keeps; the probes tell whether that does harm.
-    logging.set_verbosity_error()
+    example = tuple(inputs.values())
+    # Tracing warns of each Python value that it keeps; whether that does harm is what the probes tell.
     with warnings.catch_warnings(action="ignore"), torch.inference_mode():
-        converted = openvino.convert_model(LastHiddenState().eval(), example_input=tuple(inputs.values()))
-    logging.set_verbosity(verbosity)
+        traced = torch.jit.trace(LastHiddenState().eval(), example, strict=False, check_trace=False)
+    converted = openvino.convert_model(traced, example_input=example)
     run = openvino.Core().compile_model(
         converted,
         "CPU",

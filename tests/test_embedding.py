@@ -54,6 +54,7 @@ async def test_the_bundled_model_is_accelerated_and_gives_the_vectors_of_sentenc
     texts = ["A table stays in one piece.", "Outage", "word " * 400, "How long did the outage last?", ""]
     expected = reference(resolve_encoder(settings.model).source, texts)
     assert is_accelerated(embedder)
+    assert (embedder.query_prefix, embedder.document_prefix) == ("", "")
     assert lowest_cosine(await embedder.embed_documents(texts), expected) > 0.999
     assert lowest_cosine(await embedder.embed_queries(texts), expected) > 0.999
 
@@ -96,15 +97,15 @@ def test_a_conversion_that_computes_something_else_is_not_used(prompted: str) ->
     transformer = model.transformers_model
     whole = type(transformer).forward
 
-    class Halved(type(transformer)):  # type: ignore[misc]
+    class Signed(type(transformer)):  # type: ignore[misc]
         """Depends on the length in plain Python, which a traced model does not."""
 
         def forward(self, input_ids, attention_mask, **given):  # type: ignore[no-untyped-def]
             output = whole(self, input_ids=input_ids, attention_mask=attention_mask, **given)
-            output.last_hidden_state *= np.array([-1.0, 1.0], dtype=np.float32)[int(input_ids.shape[1]) % 2].item()
+            output.last_hidden_state *= -1.0 if int(input_ids.shape[1]) < 10 else 1.0
             return output
 
-    transformer.__class__ = Halved
+    transformer.__class__ = Signed
     before = model.encode(TEXTS)
     assert not accelerate(model, dtype="float32", num_threads=1)
     np.testing.assert_array_equal(model.encode(TEXTS), before)
@@ -122,28 +123,20 @@ def test_openvino_has_no_way_to_report_home() -> None:
 # --- Prefixes --------------------------------------------------------------------------------------------------------
 
 
-async def test_the_prompts_of_the_model_are_its_prefixes(prompted: str) -> None:
+async def test_the_prompts_of_the_model_are_its_prefixes_in_vectors_counts_and_manifest(prompted: str) -> None:
     embedder = Embedder(EmbeddingSettings(model=prompted, dtype="float32"))
     assert (embedder.query_prefix, embedder.document_prefix) == ("query : ", "passage : ")
     queries, documents = await embedder.embed_queries(TEXTS), await embedder.embed_documents(TEXTS)
     assert lowest_cosine(queries, reference(prompted, TEXTS, "query : ")) > 0.9999
     assert lowest_cosine(documents, reference(prompted, TEXTS, "passage : ")) > 0.9999
     assert not np.allclose(queries, documents)
+    # They count into the window and stand in the manifest.
+    assert embedder.num_tokens("one piece") == 4 + 2
+    stamp = manifest(embedder, ChunkingSettings())
+    assert (stamp["embedding.query_prefix"], stamp["embedding.document_prefix"]) == ("query : ", "passage : ")
 
 
 async def test_a_setting_replaces_the_prompt_of_the_model(prompted: str) -> None:
     embedder = Embedder(EmbeddingSettings(model=prompted, dtype="float32", query_prefix="", document_prefix="table : "))
     assert lowest_cosine(await embedder.embed_queries(TEXTS), reference(prompted, TEXTS)) > 0.9999
     assert lowest_cosine(await embedder.embed_documents(TEXTS), reference(prompted, TEXTS, "table : ")) > 0.9999
-
-
-def test_the_prefix_counts_into_the_window_and_stands_in_the_manifest(prompted: str) -> None:
-    embedder = Embedder(EmbeddingSettings(model=prompted))
-    assert embedder.num_tokens("one piece") == 4 + 2
-    stamp = manifest(embedder, ChunkingSettings(max_tokens=16))
-    assert (stamp["embedding.query_prefix"], stamp["embedding.document_prefix"]) == ("query : ", "passage : ")
-
-
-def test_a_model_without_prompts_has_no_prefixes() -> None:
-    embedder = Embedder(EmbeddingSettings())
-    assert (embedder.query_prefix, embedder.document_prefix) == ("", "")

@@ -315,6 +315,8 @@ def test_the_manifest_names_all_that_a_vector_depends_on(embedder: Embedder) -> 
         "embedding.revision",
         "embedding.dimension",
         "embedding.window",
+        "embedding.query_prefix",
+        "embedding.document_prefix",
         "chunking.max_tokens",
         "text.format",
         "sparse.model",
