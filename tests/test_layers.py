@@ -16,7 +16,7 @@ LAYERS = [
     {"telemetry", "config", "dashboard"},
     {"loaders", "chunking", "sparse", "citations", "fusion", "selection", "self_query"},
     {"prompts", "grounding"},
-    {"gate", "models", "sizing"},
+    {"gate", "models", "sizing", "acceleration"},
     {"embedding", "store", "llm"},
     {"planning", "query_encoding", "ingestion", "deletion", "reranking"},
     {"retrieval"},

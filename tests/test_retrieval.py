@@ -159,7 +159,7 @@ async def test_a_sentence_is_scored_by_its_cosine_to_the_question(
         best = (await search(retriever, num_scored=3)).passages[0]
         texts = [sentence.text for sentence in best.sentences]
         assert texts == ["The Reading Room outage lasted 52 minutes.", "Nobody was on call that day."]
-        question, *vectors = await embedder.embed([QUESTION, *texts])
+        question, *vectors = await embedder.embed_documents([QUESTION, *texts])
         expected = [float(vector @ question) for vector in vectors]
         assert [sentence.score for sentence in best.sentences] == pytest.approx(expected, abs=1e-4)
         assert best.sentences[0].score > 0.5 > best.sentences[1].score
@@ -267,7 +267,7 @@ async def test_what_another_process_writes_is_recognised_in_time(
     question = "What does Yusra recommend?"
     assert (await recognising(retriever, question)).recognised_filters == {}
     advice = Document("advice", "Advice", "Write less.", metadata={"author": "Yusra Halim"})
-    vector = (await embedder.embed([advice.text]))[0]
+    vector = (await embedder.embed_documents([advice.text]))[0]
     await store.put(advice, [EncodedChunk(Chunk(0, advice.text, 0, 11), tuple(vector.tolist()), {})])
     assert (await recognising(retriever, question)).recognised_filters == {"author": "Yusra Halim"}
 
@@ -389,6 +389,8 @@ def test_the_manifest_names_all_that_a_vector_depends_on(embedder: Embedder) -> 
         "embedding.revision",
         "embedding.dimension",
         "embedding.window",
+        "embedding.query_prefix",
+        "embedding.document_prefix",
         "chunking.max_tokens",
         "text.format",
         "sparse.model",
@@ -406,8 +408,8 @@ def test_the_manifest_names_all_that_a_vector_depends_on(embedder: Embedder) -> 
 @in_one_loop
 async def test_a_batch_keeps_the_order_of_its_texts(embedder: Embedder) -> None:
     texts = [("word " * length) + str(length) for length in (300, 1, 40, 2, 0, 90, 3, 20, 5, 60)]
-    together = await embedder.embed(texts)
-    one_by_one = np.vstack([await embedder.embed([text]) for text in texts])
+    together = await embedder.embed_documents(texts)
+    one_by_one = np.vstack([await embedder.embed_documents([text]) for text in texts])
     assert together.shape == (10, embedder.dimension)
     np.testing.assert_allclose(together, one_by_one, atol=2e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
@@ -415,13 +417,13 @@ async def test_a_batch_keeps_the_order_of_its_texts(embedder: Embedder) -> None:
 
 @in_one_loop
 async def test_vectors_have_unit_length_in_half_precision_too() -> None:
-    vectors = await Embedder(EmbeddingSettings(dtype="bfloat16")).embed([OUTAGE.text, CACHE.text, QUESTION])
+    vectors = await Embedder(EmbeddingSettings(dtype="bfloat16")).embed_documents([OUTAGE.text, CACHE.text, QUESTION])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
 @in_one_loop
 async def test_no_texts_have_no_vectors(embedder: Embedder) -> None:
-    assert (await embedder.embed([])).shape == (0, embedder.dimension)
+    assert (await embedder.embed_documents([])).shape == (0, embedder.dimension)
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=200))
