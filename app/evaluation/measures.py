@@ -1,7 +1,6 @@
 """The figures: what is measured of one ranking and of one answer, and the means over a set."""
 
 import re
-import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -98,14 +97,14 @@ def percentiles(timings_ms: Iterable[Mapping[str, float]]) -> dict[str, dict[str
 # --- One answer ------------------------------------------------------------------------------------------------------
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PUNCTUATION = re.compile(r"[^\w\s]|_")
 _MARKERS = re.compile(rf"(?:{MARKER.pattern}\s*)+")
 _QUOTATION_MARKS = '\u201c\u201d" '
 
 
 def _words(text: str) -> list[str]:
-    """Normalise as SQuAD's own evaluation does: no case, punctuation and articles."""
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+    """Normalise as SQuAD's own evaluation does: no case, punctuation and articles. Typographic quotes go too."""
+    return _ARTICLES.sub(" ", _PUNCTUATION.sub("", text.lower())).split()
 
 
 def _contains(text: str, gold: str) -> bool:

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 import re
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,14 @@ async def in_process(settings: Settings, name: str, *, with_llm: bool, is_kept: 
     The questions go through the same routes as a client's.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
         if is_kept:
             folder = settings.data_dir / "evaluation"
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cleave-evaluation-")))
         store = StoreSettings(collection=_collection(name, is_kept=is_kept))
         own = settings.model_copy(update={"data_dir": folder, "seed": None, "store": store})
-        device = await asyncio.to_thread(_prepare, settings)
+        device = await asyncio.to_thread(_device, settings)
         retriever = await build_retriever(own)
         llm = await build_llm(settings, device) if with_llm else ExtractiveEngine()
         services = await build_services(own, device=device, retriever=retriever, llm=llm)
@@ -90,13 +92,23 @@ def _collection(name: str, *, is_kept: bool) -> str:
     return f"eval-{readable}" if is_kept else f"eval-{readable}-{uuid.uuid4().hex[:8]}"
 
 
-def _prepare(settings: Settings) -> Device:
-    """Say where the LLM would run, and keep the libraries from writing between the progress bars."""
-    import torch
-    from transformers.utils import logging
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the service logs from between the progress bars: the report says what matters of it."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logger.setLevel("ERROR")
+    transformers_logging.disable_progress_bar()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _device(settings: Settings) -> Device:
+    import torch
+
     is_gpu = torch.cuda.is_available() if settings.llm.device == "auto" else settings.llm.device == "gpu"
     return "gpu" if is_gpu else "cpu"
 
