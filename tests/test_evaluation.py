@@ -319,6 +319,23 @@ def test_warnings_are_shown_counted_and_written(lockers: Path, config: Path, tmp
     assert read_json(out)["counts"]["warnings"] == len(read_json(out)["warnings"]) == 9
 
 
+def test_a_question_that_is_refused_counts_as_nothing_found(config: Path, tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "lockers")
+    with (folder / "queries.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"id": "q-colour", "text": "Which locker is red?", "filter": {"colour": "red"}}')
+    with (folder / "qrels.tsv").open("a", encoding="utf-8") as file:
+        file.write("q-colour\tlocker-1\t1")
+    out = tmp_path / "out.json"
+    result = evaluate(folder, "--config", config, "--answers", "--json", out)
+    assert result.exit_code == 0, result.output
+    report = read_json(out)
+    asked = {one["id"]: one for one in report["per_query"]}["q-colour"]
+    assert set(asked["metrics"].values()) == {0}
+    assert (asked["ranking"], asked["answer"]["grounded"]) == ([], "failed")
+    assert report["counts"]["warnings"] == 2
+    assert "No document has the field 'colour'" in report["warnings"][0]
+
+
 def test_a_limit_takes_evenly_spaced_questions(lockers: Path) -> None:
     ids = [question.id for question in read_set(lockers).limited(4).questions]
     assert ids == ["q0", "q10", "q20", "q30"]

@@ -109,15 +109,19 @@ async def ingest(client: Client, evaluation_set: EvaluationSet, advance: Advance
 
 
 async def search(client: Client, evaluation_set: EvaluationSet, advance: Advance) -> tuple[list[Asked], list[str]]:
-    """Search for each answerable question and score the documents found."""
+    """Search for each answerable question and score the documents found. Raises when every search fails."""
     warnings: list[str] = []
     asked = []
     for question in evaluation_set.questions:
         one = Asked(question.id, question.text, is_answerable=True)
         try:
             one.ranking, one.timings_ms = await _search(client, question)
-        except InvalidRequest as error:
-            warnings.append(f"question {question.id} was refused and counts as nothing found: {error.message}")
+        except Unavailable:
+            raise
+        except CleaveError as error:
+            warnings.append(f"question {question.id} failed, which counts as nothing found: {error.message}")
+            if len(warnings) == len(evaluation_set.questions):
+                raise
         asked.append(one)
         advance(1)
     measured = measure_rankings(evaluation_set.judgements, {one.id: one.ranking for one in asked})

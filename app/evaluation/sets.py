@@ -106,7 +106,8 @@ def _check_files(folder: Path) -> None:
 
 def _require(found: Iterable[object], path: Path, what: str, warnings: Sequence[str]) -> None:
     if not any(True for _ in found):
-        reason = f" The first problem: {warnings[0]}." if warnings else " It is empty."
+        own = [warning for warning in warnings if warning.startswith(path.name)]
+        reason = f" The first problem: {own[0]}." if own else " It is empty."
         raise UnreadableFile(f"{path}: holds {what} that can be used.{reason}")
 
 
