@@ -5,6 +5,7 @@ standard error. What goes wrong is one line; nobody sees a traceback.
 """
 
 import asyncio
+import gc
 import io
 import json
 import os
@@ -503,6 +504,8 @@ def evaluate(
     else:
         service = over_http(url or "", evaluation_set.name, is_kept=keep)
     report = asyncio.run(_measure(evaluation_set, service, answers=answers))
+    # vLLM's engine stands in a reference cycle. Left to the interpreter's exit, its destructor prints a traceback.
+    gc.collect()
     comparisons = compare(earlier, report.asked) if earlier else []
     if out:
         _write_json(out, {**report.to_json(), "comparison": [asdict(one) for one in comparisons]})
@@ -525,7 +528,9 @@ async def _measure(
             return partial(progress.advance, progress.add_task(name, total=total))
 
         num_questions = len(evaluation_set.questions)
+        starting = progress.add_task("Starting", total=None)
         async with service as target:
+            progress.remove_task(starting)
             num_documents = len(evaluation_set.document_ids)
             warnings = await ingest(target.client, evaluation_set, stage("Ingesting", num_documents))
             asked, more = await search(target.client, evaluation_set, stage("Searching", num_questions))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import tempfile
 import uuid
@@ -98,6 +99,9 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    # vLLM writes to standard output, which is the report's. It reads its environment when it is imported.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
