@@ -9,14 +9,14 @@ import ipaddress
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import httpx
 
-from app.domain import Document, Filters
+from app.domain import Document, Filters, Message
 from app.errors import (
     CleaveError,
     ConfigurationError,
@@ -31,6 +31,7 @@ from app.loaders import JSONL, SUFFIXES, iterate_jsonl, read_lines, walk
 
 Record: TypeAlias = dict[str, Any]
 """An object as the service sends it."""
+T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 600.0
@@ -52,15 +53,23 @@ class ServiceUnreachable(Unavailable):
 
 
 class Client:
-    """A connection to the service at `url`; an asynchronous context manager."""
+    """A connection to the service at `url`; an asynchronous context manager.
 
-    def __init__(self, url: str) -> None:
+    `collection` is the one that all requests are about; None: the service's own. `transport` leads to a service that
+    has no address, in this process.
+    """
+
+    def __init__(
+        self, url: str, *, collection: str | None = None, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
         self.url = _normalise_url(url)
+        self._collection = {} if collection is None else {"collection": collection}
         self._http = httpx.AsyncClient(
             base_url=self.url,
             timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             # A proxy from the environment must not come between this machine and itself.
             trust_env=not _is_loopback(httpx.URL(self.url).host),
+            transport=transport,
         )
 
     async def __aenter__(self) -> Self:
@@ -71,18 +80,18 @@ class Client:
         """Close what is open."""
         await self._http.aclose()
 
-    async def chat(self, question: str, **rag: Any) -> Record:
-        """Answer a question; `rag` are the options of the extension of that name."""
-        body = {"messages": [{"role": "user", "content": question}], "rag": rag}
+    async def chat(self, question: str, *, history: Sequence[Message] = (), **rag: Any) -> Record:
+        """Answer a question after the earlier messages `history`; `rag` are the options of that extension."""
+        body = {"messages": _conversation(history, question), "rag": {**rag, **self._collection}}
         return await self._request("POST", "/v1/chat/completions", json=body)
 
     async def stream_chat(self, question: str, **rag: Any) -> AsyncGenerator[Record, None]:
         """Answer a question in chunks, the last with the usage. An error in the stream is raised."""
         body = {
-            "messages": [{"role": "user", "content": question}],
+            "messages": _conversation((), question),
             "stream": True,
             "stream_options": {"include_usage": True},
-            "rag": rag,
+            "rag": {**rag, **self._collection},
         }
         async with self._translated_errors(), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.is_error:
@@ -98,16 +107,21 @@ class Client:
                     yield chunk
         raise ServiceError("The answer broke off before its end. Ask again; the service's log may say why.")
 
-    async def search(self, query: str, *, top_k: int | None, filters: Filters) -> Record:
-        """Find passages; the best stands first in `data`."""
-        body = {"query": query, "top_k": top_k, "filters": filters}
+    async def search(
+        self, query: str, *, top_k: int | None, filters: Filters, history: Sequence[Message] = ()
+    ) -> Record:
+        """Find passages for a question after the earlier messages `history`; the best stands first in `data`."""
+        question = {"messages": _conversation(history, query)} if history else {"query": query}
+        body = {**question, "top_k": top_k, "filters": filters, **self._collection}
         return await self._request("POST", "/v1/search", json=body)
 
     async def upload(self, files: Sequence[tuple[str, bytes]]) -> list[Record]:
         """Send files; each becomes a document under the name it is given here. One receipt per document."""
         parts = [("files", (name, content)) for name, content in files]
         timeout = _patience(sum(len(content) for _, content in files))
-        return _data(await self._request("POST", "/v1/documents", files=parts, timeout=timeout))
+        return _data(
+            await self._request("POST", "/v1/documents", files=parts, params=self._collection, timeout=timeout)
+        )
 
     async def add(self, documents: Sequence[Document]) -> list[Record]:
         """Send documents; one receipt each, in order."""
@@ -115,14 +129,15 @@ class Client:
             {"id": one.id, "title": one.title, "text": one.text, "url": one.url, "metadata": dict(one.metadata)}
             for one in documents
         ]
+        body = {"documents": bodies}
         timeout = _patience(sum(len(one.text) for one in documents))
-        return _data(await self._request("POST", "/v1/documents", json={"documents": bodies}, timeout=timeout))
+        return _data(await self._request("POST", "/v1/documents", json=body, params=self._collection, timeout=timeout))
 
     async def documents(self, *, page_size: int = 500) -> AsyncGenerator[Record, None]:
         """List all documents, page by page."""
         after: Record = {}
         while True:
-            page = await self._request("GET", "/v1/documents", params={"limit": page_size, **after})
+            page = await self._request("GET", "/v1/documents", params={"limit": page_size, **after, **self._collection})
             for document in page["data"]:
                 yield document
             if not page["has_more"]:
@@ -131,11 +146,11 @@ class Client:
 
     async def document(self, document_id: str) -> Record:
         """Read one document with its text."""
-        return await self._request("GET", f"/v1/documents/{quote(document_id)}")
+        return await self._request("GET", f"/v1/documents/{quote(document_id)}", params=self._collection)
 
     async def delete(self, document_id: str) -> Record:
         """Remove one document; give the receipt."""
-        answer = await self._request("DELETE", f"/v1/documents/{quote(document_id)}")
+        answer = await self._request("DELETE", f"/v1/documents/{quote(document_id)}", params=self._collection)
         receipt: Record = answer["receipt"]
         return receipt
 
@@ -143,6 +158,14 @@ class Client:
         """Say how large a file the service takes."""
         limits = (await self.readiness() or {}).get("limits", {})
         return int(limits.get("max_file_bytes", MAX_FILE_BYTES))
+
+    async def collections(self) -> list[Record]:
+        """List the collections."""
+        return _data(await self._request("GET", "/v1/collections"))
+
+    async def drop_collection(self, name: str) -> None:
+        """Remove a collection with all its documents."""
+        await self._request("DELETE", f"/v1/collections/{quote(name)}")
 
     async def readiness(self) -> Record | None:
         """Say whether questions can be answered, with each part; None when no Cleave answers."""
@@ -198,6 +221,10 @@ class Client:
 
 def _patience(num_bytes: int) -> httpx.Timeout:
     return httpx.Timeout(ANSWER_TIMEOUT_S * max(1.0, num_bytes / 2**20), connect=CONNECT_TIMEOUT_S)
+
+
+def _conversation(history: Sequence[Message], question: str) -> list[Record]:
+    return [asdict(message) for message in (*history, Message("user", question))]
 
 
 def _normalise_url(url: str) -> str:
@@ -329,8 +356,19 @@ async def ingest(client: Client, files: Mapping[str, Path]) -> AsyncGenerator[li
     for batch in _batches(_read_files(whole, max_bytes), max_items=MAX_FILES_PER_REQUEST):
         yield await _deliver(batch, client.upload)
     for document_id, path in lined.items():
-        for batch in _batches(_read_lines(document_id, path), max_items=MAX_DOCUMENTS_PER_REQUEST):
-            yield await _deliver(batch, lambda items: client.add([document for _, document in items]))
+        async for receipts in _send_items(client, _read_lines(document_id, path)):
+            yield receipts
+
+
+async def send_documents(client: Client, documents: Iterable[Document]) -> AsyncGenerator[list[Record], None]:
+    """Send documents, a few at a time, as `ingest` sends files."""
+    async for receipts in _send_items(client, ((one.id, one) for one in documents)):
+        yield receipts
+
+
+async def _send_items(client: Client, items: Iterable[Item]) -> AsyncGenerator[list[Record], None]:
+    for batch in _batches(items, max_items=MAX_DOCUMENTS_PER_REQUEST):
+        yield await _deliver(batch, lambda items: client.add([document for _, document in items]))
 
 
 def _add_named(found: FoundFiles, path: Path) -> None:
@@ -421,7 +459,7 @@ async def _deliver(batch: Sequence[Item], send: Send) -> list[Record]:
 
 async def _send(items: Sequence[tuple[str, Any]], send: Send) -> list[Record]:
     try:
-        return await _patiently(lambda: send(items))
+        return await patiently(lambda: send(items))
     except Unavailable:
         raise
     except InvalidRequest as error:
@@ -433,7 +471,7 @@ async def _send(items: Sequence[tuple[str, Any]], send: Send) -> list[Record]:
         return [_failure(name, error.message) for name, _ in items]
 
 
-async def _patiently(request: Callable[[], Awaitable[list[Record]]]) -> list[Record]:
+async def patiently(request: Callable[[], Awaitable[T]]) -> T:
     """Try again while the service is busy or restarting, when it says so; not when there is none."""
     for attempt in range(1, MAX_TRIES):
         try:

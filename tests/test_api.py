@@ -986,12 +986,22 @@ async def test_a_filter_value_that_no_document_has_is_no_silent_nothing(client: 
     assert body["rag"]["grounded"] == "refused"
 
 
+async def test_a_search_for_the_last_message_of_a_conversation(client: httpx.AsyncClient) -> None:
+    earlier = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
+    conversation = [*earlier, {"role": "user", "content": QUESTION}]
+    found = (await client.post("/v1/search", json={"messages": conversation, "top_k": 1})).json()["data"]
+    assert [one["document_id"] for one in found] == ["notes/outage.md"]
+
+
 @in_one_loop
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [
         ({}, "invalid_value", "query"),
         ({"query": " "}, "invalid_value", "query"),
+        ({"query": "a", "messages": [{"role": "user", "content": "a"}]}, "invalid_value", "query"),
+        ({"messages": []}, "invalid_value", "messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "invalid_value", "messages"),
         ({"query": 3}, "invalid_value", "query"),
         ({"query": "a", "top_k": 51}, "invalid_value", "top_k"),
         ({"query": "a", "rag": {}}, "invalid_value", "rag"),

@@ -28,7 +28,7 @@ from app.errors import InvalidRequest, UnknownFilter
 
 PROGRAM = Path(sys.executable).with_name("cleave")
 QUESTION = "How long did the Reading Room outage on 14 October 2025 last?"
-VERBS = ["serve", "doctor", "ingest", "ask", "search", "documents", "documents show", "documents delete"]
+VERBS = ["serve", "doctor", "ingest", "ask", "search", "documents", "documents show", "documents delete", "eval"]
 
 
 def cleave(url: str, *arguments: str | Path, input: str | None = None) -> Result:

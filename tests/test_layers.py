@@ -23,6 +23,7 @@ LAYERS = [
     {"chat"},
     {"services"},
     {"api", "client", "doctor", "launcher"},
+    {"evaluation"},
     {"cli"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -12,9 +12,10 @@ from starlette.datastructures import UploadFile
 
 from app.api.schemas import DocumentBody, DocumentsBody, SearchRequest
 from app.api.sse import source
-from app.domain import Document, IngestReceipt, Scalar, SearchQuery, StoredDocument
+from app.domain import Document, IngestReceipt, Message, Scalar, SearchQuery, StoredDocument
 from app.errors import InvalidRequest, TooLarge, UnreadableFile
 from app.loaders import load_file, normalise
+from app.planning import plan_query
 from app.services import Services
 
 MAX_DOCUMENTS_PER_REQUEST = 10_000
@@ -111,15 +112,13 @@ def documents_router(services: Services) -> APIRouter:
     @router.post("/v1/search")
     async def search(body: SearchRequest) -> dict[str, Any]:
         """Find passages without generating an answer."""
-        question = normalise(body.query).strip()
-        if not question:
-            raise InvalidRequest("The query is empty.", param="query")
-        top_k = body.top_k or settings.retrieval.top_k
+        plan = plan_query(_conversation(body))
         recognise = body.recognise_filters
         query = SearchQuery(
-            question,
-            top_k,
+            plan.question,
+            body.top_k or settings.retrieval.top_k,
             body.filters,
+            context=plan.context,
             recognise_filters=settings.planning.recognise_filters if recognise is None else recognise,
         )
         found = await retriever.search(query)
@@ -133,6 +132,16 @@ def documents_router(services: Services) -> APIRouter:
         }
 
     return router
+
+
+def _conversation(body: SearchRequest) -> list[Message]:
+    if (body.query is None) == (body.messages is None):
+        raise InvalidRequest("Send a query, or the messages of a conversation.", param="query")
+    if body.messages is not None:
+        return [message.to_domain() for message in body.messages]
+    if not (query := normalise(body.query or "").strip()):
+        raise InvalidRequest("The query is empty.", param="query")
+    return [Message("user", query)]
 
 
 async def _from_form(request: Request, max_file_bytes: int) -> AsyncGenerator[Loaded, None]:

@@ -139,11 +139,12 @@ class ChatCompletionRequest(Wire):
 
 
 class SearchRequest(BaseModel):
-    """Retrieval alone."""
+    """Retrieval alone, for a query or for the last of the `messages` of a conversation."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    query: Text = Field(examples=["How long did the outage last?"])
+    query: Text | None = Field(None, examples=["How long did the outage last?"])
+    messages: list[WireMessage] | None = Field(None, min_length=1, max_length=1000)
     top_k: int | None = Field(None, ge=1, le=50)
     filters: dict[Name, Wanted] = Field(default_factory=dict)
     recognise_filters: bool | None = Field(None, description="default: planning.recognise_filters of the service")
