@@ -135,7 +135,9 @@ class ChatService:
                 async for piece in pieces:
                     text += piece
                     yield AnswerText(piece)
-        yield run.end(grounded=run.grounded, citations=find_citations(text) if request.use_documents else ())
+        # A source that was not presented cannot be cited, whatever brackets the model puts around its number.
+        citations = [one for one in find_citations(text) if 1 <= one.n <= len(passages)]
+        yield run.end(grounded=run.grounded, citations=citations)
 
     async def _retrieve(self, run: "_Run") -> tuple[Passage, ...]:
         query = SearchQuery(run.query, run.request.top_k, run.request.filters, num_scored=self._settings.num_passages)

@@ -121,6 +121,8 @@ class Passage:
     end: int = 0
     also_in: tuple[str, ...] = ()
     """Other documents that hold nearly the same text."""
+    similarity: float | None = None
+    """Cosine of the chunk to the question; None where the dense list does not hold it."""
     sentences: tuple[Sentence, ...] = ()
 
 

@@ -14,7 +14,7 @@ LAYERS = [
     {"domain", "errors", "placement"},
     {"settings"},
     {"telemetry", "config", "dashboard"},
-    {"loaders", "chunking", "sparse", "citations", "fusion", "selection"},
+    {"loaders", "chunking", "sparse", "citations", "control_tokens", "fusion", "selection"},
     {"prompts", "grounding"},
     {"gate", "models", "sizing"},
     {"embedding", "store", "llm"},
