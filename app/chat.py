@@ -6,6 +6,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
+from app.answerability import assess
 from app.chunking import sentences
 from app.citations import Citation, MarkerFilter, find_citations, without_markers
 from app.domain import (
@@ -17,12 +18,13 @@ from app.domain import (
     Grounding,
     Message,
     Passage,
+    Refusal,
     SamplingParams,
     SearchQuery,
 )
 from app.errors import DeadlineExceeded, LLMUnavailable, Unavailable
 from app.gate import Gate
-from app.grounding import is_supported, rank_evidence
+from app.grounding import is_supported
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
 from app.planning import plan_query
@@ -32,6 +34,7 @@ from app.settings import AnswerSettings
 from app.telemetry import Stopwatch, logger
 
 REFUSAL = "The documents do not hold an answer to this question."
+NEAR_MISS = f"{REFUSAL} The sources come closest."
 NO_MATCH = "No document matches the filters of this request."
 RETRIEVAL_SHARE = 0.5
 """Of the request's time: what retrieval may take, so that an answer can still be made."""
@@ -87,6 +90,8 @@ class AnswerEnd:
     unsupported: tuple[str, ...]
     degraded: tuple[str, ...]
     timings_ms: Mapping[str, float]
+    refusal: Refusal | None = None
+    """Set exactly when `grounded` is `refused`."""
 
 
 AnswerEvent: TypeAlias = AnswerStart | AnswerText | AnswerEnd
@@ -114,11 +119,11 @@ class ChatService:
         """
         run = _Run(request, plan_query(request.messages))
         passages = await self._retrieve(run) if request.use_documents else ()
-        if request.use_documents and not self._holds_an_answer(run.query, passages):
-            refusal = NO_MATCH if request.filters and not passages else REFUSAL
+        refusal = self._refusal(run, passages) if request.use_documents else None
+        if refusal:
             yield AnswerStart(passages, run.query)
-            yield AnswerText(refusal)
-            yield run.end(grounded="refused")
+            yield AnswerText(_in_words(refusal))
+            yield run.end(grounded="refused", refusal=refusal)
             return
         engines = (self._llm, self._fallback)
         generation = self._generation(request, passages)
@@ -148,11 +153,15 @@ class ChatService:
         run.watch.timings_ms |= {f"retrieve.{stage}": duration for stage, duration in found.timings_ms.items()}
         return found.passages
 
-    def _holds_an_answer(self, question: str, passages: tuple[Passage, ...]) -> bool:
+    def _refusal(self, run: "_Run", passages: tuple[Passage, ...]) -> Refusal | None:
+        if not passages:
+            return Refusal("no_match" if run.request.filters else "off_topic")
         if self._grounding == "off":
-            return bool(passages)
-        evidence = rank_evidence(question, passages)
-        return bool(evidence) and evidence[0].score >= self._settings.min_evidence
+            return None
+        found = assess(run.query, passages)
+        if found.score >= self._settings.min_evidence:
+            return None
+        return Refusal("off_topic" if found.is_off_topic else "not_in_passages", found.score, found.missing)
 
     def _generation(self, request: ChatRequest, passages: tuple[Passage, ...]) -> GenerationRequest:
         instructions, sampling = CITING_INSTRUCTIONS, request.sampling
@@ -283,7 +292,9 @@ class _Run:
         finally:
             await stream.aclose()
 
-    def end(self, *, grounded: Grounded, citations: Sequence[Citation] = ()) -> AnswerEnd:
+    def end(
+        self, *, grounded: Grounded, citations: Sequence[Citation] = (), refusal: Refusal | None = None
+    ) -> AnswerEnd:
         """Sum the answer up."""
         self.watch.mark("total")
         return AnswerEnd(
@@ -297,6 +308,7 @@ class _Run:
             unsupported=self.unsupported,
             degraded=tuple(self.degraded),
             timings_ms=self.watch.timings_ms,
+            refusal=refusal,
         )
 
     async def _deltas(self, stream: AsyncGenerator[Delta, None], num_passages: int) -> AsyncGenerator[Delta, None]:
@@ -322,3 +334,12 @@ class _Run:
             return await self.within(seconds, anext(stream), "the answer")
         except StopAsyncIteration:
             raise LLMUnavailable("The language model's stream ended before its answer did.") from None
+
+
+def _in_words(refusal: Refusal) -> str:
+    if refusal.reason == "no_match":
+        return NO_MATCH
+    if refusal.reason == "off_topic":
+        return REFUSAL
+    missing = ", ".join(refusal.missing)
+    return f"{NEAR_MISS} None of them mentions {missing}." if missing else NEAR_MISS

@@ -127,6 +127,18 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a question was not answered: no document matches the filters, none is about it, or none holds the answer.
+
+    `score` was below `answer.min_evidence`; `missing` are names and numbers of the question that no passage holds.
+    """
+
+    reason: Literal["no_match", "off_topic", "not_in_passages"]
+    score: float = 0.0
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SearchQuery:
     """What to find. The sentences of the best `num_scored` passages get their cosine to the question."""
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"telemetry", "config", "dashboard"},
     {"loaders", "chunking", "sparse", "citations", "control_tokens", "fusion", "selection"},
     {"prompts", "grounding"},
-    {"gate", "models", "sizing"},
+    {"gate", "answerability", "models", "sizing"},
     {"embedding", "store", "llm"},
     {"planning", "ingestion"},
     {"retrieval"},
