@@ -383,11 +383,12 @@ def search(
     if as_json:
         _print_json(found)
         return
-    table = _table("n", "title", "passage", "document")
+    table = _table("n", "title", "passage", "documents")
     for source in found:
         passage = " ".join(source["text"].split())
         shortened = passage if len(passage) <= PASSAGE_LENGTH else f"{passage[:PASSAGE_LENGTH].rstrip()} …"
-        table.add_row(*map(_printable, (str(source["n"]), source["title"], shortened, source["document_id"])))
+        documents = ", ".join([source["document_id"], *source["also_in"]])
+        table.add_row(*map(_printable, (str(source["n"]), source["title"], shortened, documents)))
     _console().print(table if found else "Nothing found.")
 
 

@@ -117,13 +117,13 @@ class Passage:
     text: str
     score: float
     """In [0, 1]; only the order means something."""
+    sentences: tuple[Sentence, ...] = ()
     start: int = 0
     end: int = 0
     also_in: tuple[str, ...] = ()
     """Other documents that hold nearly the same text."""
     similarity: float | None = None
     """Cosine of the chunk to the question; None where the dense list does not hold it."""
-    sentences: tuple[Sentence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,8 +49,8 @@ class RetrievalSettings(Branch):
 
     top_k: int = Field(5, ge=1, le=50, description="passages a request gets when it does not say")
     num_candidates: int = Field(100, ge=1, le=1000, description="length of each list before fusion")
-    dense_weight: float = Field(0.6, ge=0)
-    sparse_weight: float = Field(0.4, ge=0)
+    dense_weight: float = Field(0.65, ge=0)
+    sparse_weight: float = Field(0.35, ge=0)
 
 
 class ModelByDevice(Branch):

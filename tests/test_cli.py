@@ -168,8 +168,8 @@ def test_values_of_one_field_are_alternatives(live_service: str) -> None:
 
 def test_a_filter_matches_a_number_and_the_text_that_looks_like_one(live_service: str, tmp_path: Path) -> None:
     lines = [
-        {"id": "edition-1", "text": "Of tides.", "edition": 7},
-        {"id": "edition-2", "text": "Of tides.", "edition": "7"},
+        {"id": "edition-1", "text": "Of tides and the moon.", "edition": 7},
+        {"id": "edition-2", "text": "Of tides in a narrow strait.", "edition": "7"},
     ]
     path = tmp_path / "editions.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")

@@ -12,7 +12,7 @@ TEXT = "The lock is held for as long as the write takes, and a reader that comes
 def passage(document_id: str, index: int, text: str = "", score: float = 0.5, *, gap: int = 2) -> Passage:
     text = text or f"Chunk number {index} of the document {document_id} says something of its own."
     start = 1000 * index
-    return Passage(f"{document_id}#{index}", document_id, "", "", {}, text, score, start, start + 1000 - gap)
+    return Passage(f"{document_id}#{index}", document_id, "", "", {}, text, score, start=start, end=start + 1000 - gap)
 
 
 PASSAGES = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 6)), unique=True, max_size=15).map(
