@@ -47,6 +47,18 @@ def test_a_number_is_the_same_with_and_without_separators_but_not_a_part_of_anot
     assert assess("Which tower cost 150 crowns?", [passage(("It cost 1500 crowns.", 0.5))]).missing == ("150",)
 
 
+def test_a_year_that_no_passage_holds_is_decisive() -> None:
+    outage = passage(("The Reading Room outage of 14 October 2025 lasted 52 minutes.", 0.95))
+    right, wrong = (assess(f"How long did the outage of 14 October {year} last?", [outage]) for year in (2025, 2031))
+    assert wrong.missing == ("2031",)
+    assert wrong.score < 0.57 < right.score
+
+
+def test_a_name_that_says_whose_text_is_meant_need_not_stand_in_it() -> None:
+    mine = passage(("We use 256 tokens.", 0.5))
+    assert assess("How many tokens, says Noor?", [mine]).score > assess("How many tokens, says Karl?", [mine]).score
+
+
 def test_what_is_said_of_the_whole_document_is_said_in_each_sentence() -> None:
     about = passage(("It got its tower of 31 m in 1868.", 0.7), title="The lighthouse of Vesterby")
     assert assess(QUESTION, [about]).score == pytest.approx(assess(QUESTION, [TOWER]).score)
