@@ -1,8 +1,7 @@
 """Answerability: do the passages hold an answer to the question, or are they only about something like it?
 
-The score is a short sum, so that a refusal can be explained. Its weights were fitted by logistic regression, on
-questions to encyclopaedic paragraphs and on turns of conversations about four kinds of documents, each alone and both
-together; they agreed, and were rounded. docs/grounding.md has the figures, and what was tried without gain.
+The score is a short sum, so that a refusal can be explained. docs/grounding.md says where its weights come from, how well
+it tells, and what was tried without gain.
 """
 
 import re

@@ -136,12 +136,12 @@ class ChatService:
         async with first_delta as deltas:
             yield AnswerStart(passages, run.query, tuple(run.degraded))
             text = ""
-            async with aclosing(self._checked(run, deltas, passages[: self._settings.num_passages])) as pieces:
+            async with aclosing(self._checked(run, deltas, generation.passages)) as pieces:
                 async for piece in pieces:
                     text += piece
                     yield AnswerText(piece)
-        # A source that was not presented cannot be cited, whatever brackets the model puts around its number.
-        citations = [one for one in find_citations(text) if 1 <= one.n <= len(passages)]
+        # What the model was not given cannot be cited, whatever brackets it puts around a number.
+        citations = [one for one in find_citations(text) if 1 <= one.n <= len(generation.passages)]
         yield run.end(grounded=run.grounded, citations=citations)
 
     async def _retrieve(self, run: "_Run") -> tuple[Passage, ...]:

@@ -15,6 +15,7 @@ from app.citations import find_citations, without_markers
 from app.control_tokens import control_pattern, control_tokens, defused
 from app.domain import Document, GenerationRequest, Grounding, Message, Passage, SamplingParams
 from app.errors import LLMUnavailable
+from app.loaders import normalise
 from app.models import check_chat_model
 from app.prompts import CITING_INSTRUCTIONS, compose
 from app.retrieval import LocalRetriever
@@ -175,8 +176,7 @@ def tokenizer() -> Any:
 
 def num_control_tokens(tokenizer: Any, messages: list[Message]) -> int:
     """Render as the engine does, and count what the tokenizer takes for control tokens."""
-    safe = defused(messages, control_pattern(control_tokens(tokenizer)))
-    turns = [{"role": message.role, "content": message.content} for message in safe]
+    turns = [{"role": message.role, "content": message.content} for message in messages]
     token_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
     return sum(token_id in tokenizer.added_tokens_decoder for token_id in token_ids)
 
@@ -187,6 +187,11 @@ def num_control_tokens(tokenizer: Any, messages: list[Message]) -> int:
 def test_the_bundled_tokenizer_reads_no_control_token_out_of_a_document_or_a_question(
     tokenizer: Any, text: str
 ) -> None:
+    text = normalise(text)  # as the store holds it
+    pattern = control_pattern(control_tokens(tokenizer))
     harmless = num_control_tokens(tokenizer, prompt(passage(FACT)))
     assert harmless == 5  # two turns begin and end, and the answer begins
-    assert num_control_tokens(tokenizer, prompt(passage(text, title=text), question=f"{text}?")) == harmless
+    hostile = prompt(passage(text, title=text), question=f"{text}?")
+    assert num_control_tokens(tokenizer, defused(hostile, pattern)) == harmless
+    if "<|" in text:
+        assert num_control_tokens(tokenizer, hostile) > harmless
