@@ -1,7 +1,7 @@
 """Answerability: do the passages hold an answer to the question, or are they only about something like it?
 
-The score is a short sum, so that a refusal can be explained. docs/grounding.md says where its weights come from, how well
-it tells, and what was tried without gain.
+The score is a short sum, so that a refusal can be explained. docs/grounding.md says where its weights come from, how
+well it tells, and what was tried without gain.
 """
 
 import re
