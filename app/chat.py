@@ -121,7 +121,7 @@ class ChatService:
         passages = await self._retrieve(run) if request.use_documents else ()
         refusal = self._refusal(run, passages) if request.use_documents else None
         if refusal:
-            yield AnswerStart(passages, run.query)
+            yield AnswerStart(passages, run.query, tuple(run.degraded))
             yield AnswerText(_in_words(refusal))
             yield run.end(grounded="refused", refusal=refusal)
             return
@@ -145,11 +145,18 @@ class ChatService:
         yield run.end(grounded=run.grounded, citations=citations)
 
     async def _retrieve(self, run: "_Run") -> tuple[Passage, ...]:
-        query = SearchQuery(run.query, run.request.top_k, run.request.filters, num_scored=self._settings.num_passages)
+        timeout_s = RETRIEVAL_SHARE * run.request.timeout_s
+        query = SearchQuery(
+            run.query,
+            run.request.top_k,
+            run.request.filters,
+            num_scored=self._settings.num_passages,
+            timeout_s=timeout_s,
+        )
         with run.watch.stage("retrieve"):
-            found = await run.within(
-                RETRIEVAL_SHARE * run.request.timeout_s, self._retriever.search(query), "retrieval"
-            )
+            found = await run.within(timeout_s, self._retriever.search(query), "retrieval")
+        for reason in found.degraded:
+            run.degrade(reason)
         run.watch.timings_ms |= {f"retrieve.{stage}": duration for stage, duration in found.timings_ms.items()}
         return found.passages
 

@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 import textwrap
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,9 @@ def _with_lists(text: str) -> Iterator[Block]:
     for block in _blocks(text):
         if block.kind == "item" or (items and block.kind in ("text", "indented") and text[block.start].isspace()):
             items.append(block)
+            if len(items) == MAX_PIECES_AT_ONCE:
+                yield from _list(items)
+                items = []
             continue
         yield from _list(items)
         items = []
@@ -125,6 +129,10 @@ PRICE_OF_PART = 0.4  # on top of that where the section then goes on in the next
 
 MAX_TOKEN_CHARACTERS = 16
 """A token counts once for each so many characters: a word that the encoder does not know may be a page long."""
+MAX_CHARACTERS_AT_ONCE = 2**16
+MAX_PIECES_AT_ONCE = 20_000
+"""Far more than most documents have: what is held of a longer one does not grow with it."""
+SPACE_BEFORE_WORD = re.compile(r"\s(?=\S)")
 MAX_HEADING_CHARACTERS = 100
 INLINE_MARKUP = re.compile(r"\*+|`+|!?\[([^\]\n]*)\]\([^)\n]*\)|\{#[^}\n]*\}$")
 FENCE_LINE = re.compile(FENCE, re.VERBOSE)
@@ -166,18 +174,29 @@ def split(document_text: str, tokenizer: Tokenizer, *, max_tokens: int) -> list[
 
     Chunks are slices of the text, in order, without overlap; only white space is left out.
     """
-    offsets = tokenizer.offsets(document_text)
-    starts = [place for start, end in offsets for place in range(start, max(end, start + 1), MAX_TOKEN_CHARACTERS)]
-    ruler = Ruler(starts, max_tokens)
-    pieces = list(_pieces(document_text, ruler))
+    ruler = Ruler(_token_starts(document_text, tokenizer), max_tokens)
     chunks: list[Chunk] = []
-    for first, last in itertools.pairwise(_cheapest_cuts(pieces, ruler)):
-        members = pieces[first:last]
+    for members in _joined(_pieces(document_text, ruler), ruler):
         heading = _heading_of(members)
         seams = [piece.start for piece in members[1:]]
         for start, end in _verified(document_text, members[0].start, members[-1].end, seams, tokenizer, max_tokens):
             chunks.append(Chunk(len(chunks), document_text[start:end], start, end, heading))
     return chunks
+
+
+def _token_starts(text: str, tokenizer: Tokenizer) -> Sequence[int]:
+    """Say where tokens start, reading some of the text at a time: a tokenizer takes 200 bytes for each character."""
+    starts = array("q")
+    begin = 0
+    while begin < len(text):
+        limit = begin + MAX_CHARACTERS_AT_ONCE
+        # Between words, where the tokens are the same as in one go; a word longer than all this is cut.
+        space = SPACE_BEFORE_WORD.search(text, limit, limit + MAX_CHARACTERS_AT_ONCE)
+        end = space.start() if space else limit
+        for start, stop in tokenizer.offsets(text[begin:end]):
+            starts.extend(range(begin + start, begin + max(stop, start + 1), MAX_TOKEN_CHARACTERS))
+        begin = end
+    return starts
 
 
 def _pieces(text: str, ruler: Ruler) -> Iterator[Piece]:
@@ -257,18 +276,18 @@ def _broken(text: str, block: Block, cut: float, lead: int, ruler: Ruler) -> Ite
         previous = part
 
 
-def _parts(text: str, block: Block, ruler: Ruler) -> Sequence[Block]:
+def _parts(text: str, block: Block, ruler: Ruler) -> Iterable[Block]:
     """Take a block apart into the next finer kind."""
     span = block.start, block.end
     match block.kind:
         case "list":
             return block.parts
         case "item" | "text" | "quote":
-            return [Block("sentence", *sentence) for sentence in _sentence_spans(text, *span)]
+            return (Block("sentence", *sentence) for sentence in _sentence_spans(text, *span))
         case "line":
-            return [Block("slice", *slice) for slice in _slices(text, *span, ruler)]
+            return (Block("slice", *slice) for slice in _slices(text, *span, ruler))
         case _:
-            return [Block("line", *line.span()) for line in LINE.finditer(text, *span) if not line[0].isspace()]
+            return (Block("line", *line.span()) for line in LINE.finditer(text, *span) if not line[0].isspace())
 
 
 def _price_inside(text: str, block: Block, previous: Block, part: Block) -> float:
@@ -302,6 +321,19 @@ def _slices(text: str, start: int, end: int, ruler: Ruler) -> Iterator[Span]:
     yield start, end
 
 
+def _joined(pieces: Iterable[Piece], ruler: Ruler) -> Iterator[list[Piece]]:
+    """Join pieces to chunks. Of a very long document some pieces at a time: far behind a cut, nothing depends on it."""
+    held: list[Piece] = []
+    for piece in pieces:
+        held.append(piece)
+        if len(held) == MAX_PIECES_AT_ONCE:
+            cuts = _cheapest_cuts(held, ruler)
+            settled = cuts[: len(cuts) * 9 // 10 + 1]
+            yield from (held[first:last] for first, last in itertools.pairwise(settled))
+            held = held[settled[-1] :]
+    yield from (held[first:last] for first, last in itertools.pairwise(_cheapest_cuts(held, ruler)))
+
+
 def _cheapest_cuts(pieces: Sequence[Piece], ruler: Ruler) -> list[int]:
     """Choose where to cut: the indices of the pieces that start a chunk, and the end.
 
@@ -317,7 +349,8 @@ def _cheapest_cuts(pieces: Sequence[Piece], ruler: Ruler) -> list[int]:
         goes_on = last + 1 < len(pieces) and pieces[last + 1].path == pieces[last].path
         for first in range(last, -1, -1):
             fill = (end - firsts[first]) / ruler.limit
-            if fill > 1 and first < last:
+            # Some pieces have no token at all.
+            if (fill > 1 and first < last) or last - first > 2 * ruler.limit:
                 break
             mixing = mixed[last] - mixed[first]
             cost = costs[first] + pieces[first].cut + mixing + (1 - fill) ** 2

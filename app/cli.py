@@ -57,6 +57,7 @@ DEGRADED = {
     "llm_timeout": "the language model was too slow",
     "llm_failed": "the language model broke off",
     "history_trimmed": "the oldest messages did not fit",
+    "reranking_skipped": "the passages could not be reranked in time",
 }
 """What an answer had to do without, by `rag.degraded`."""
 
@@ -415,7 +416,8 @@ def show(ctx: typer.Context, document_id: DocumentId, as_json: AsJSON = False, u
     if as_json:
         _print_json(document)
         return
-    fields = {"id": document["id"], "url": document["url"], **document["metadata"], "chunks": document["num_chunks"]}
+    fields = {"id": document["id"], "url": document["url"], **document["metadata"]}
+    fields |= {"version": document["version"], "chunks": document["num_chunks"]}
     console = _console()
     console.print(Text(_printable(document["title"]), "bold"), soft_wrap=True)
     for key, value in fields.items():
@@ -430,13 +432,20 @@ def delete(
     ctx: typer.Context,
     document_id: DocumentId,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJSON = False,
     url: SameURL = None,
 ) -> None:
-    """Delete one document."""
+    """Delete one document, and say how it was proved that nothing of it is found any more."""
     if not yes:
         typer.confirm(f"Delete {_printable(document_id)}?", abort=True, err=True)
-    _call(url or ctx.obj, lambda client: client.delete(document_id))
-    _console(stderr=True).print(f"Deleted {_printable(document_id)}.", soft_wrap=True)
+    receipt = _call(url or ctx.obj, lambda client: client.delete(document_id))
+    if as_json:
+        _print_json(receipt)
+        return
+    queries = ", ".join(f"{count} by {check}" for check, count in receipt["checks"].items())
+    deleted = f"Deleted {_printable(document_id)}, version {receipt['version']}, chunks: {receipt['num_chunks']}."
+    proof = f"Queries that looked for them and found none: {queries}; {_moment(receipt['verified_at'], '%H:%M:%S')}."
+    _console(stderr=True).print(f"{deleted} {proof}", soft_wrap=True)
 
 
 async def _all_documents(client: "Client") -> "list[Record]":
@@ -444,13 +453,16 @@ async def _all_documents(client: "Client") -> "list[Record]":
 
 
 def _print_documents(found: "Sequence[Record]") -> None:
-    table = _table("document", "title", "author", "chunks", "ingested")
+    table = _table("document", "title", "author", "version", "chunks", "updated")
     for document in found:
-        ingested = datetime.fromtimestamp(document["ingested_at"]).strftime("%Y-%m-%d %H:%M")
         author = str(document["metadata"].get("author", ""))
-        cells = (document["id"], document["title"], author, str(document["num_chunks"]), ingested)
-        table.add_row(*map(_printable, cells))
+        numbers = (str(document["version"]), str(document["num_chunks"]), _moment(document["updated_at"]))
+        table.add_row(*map(_printable, (document["id"], document["title"], author, *numbers)))
     _console().print(table if found else "No documents. `cleave ingest PATH` takes some in.")
+
+
+def _moment(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
+    return datetime.fromtimestamp(seconds).strftime(form)
 
 
 # --- Shared ----------------------------------------------------------------------------------------------------------

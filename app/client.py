@@ -27,14 +27,15 @@ from app.errors import (
     Unavailable,
     UnreadableFile,
 )
-from app.loaders import JSONL, SUFFIXES, iterate_jsonl, walk
+from app.loaders import JSONL, SUFFIXES, iterate_jsonl, read_lines, walk
 
 Record: TypeAlias = dict[str, Any]
 """An object as the service sends it."""
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 600.0
-"""Silence after which the service counts as hanging: encoding a megabyte of text takes a minute on a laptop."""
+"""Silence after which the service counts as hanging, also for each MiB of text that was sent: encoding one takes a
+minute on a laptop."""
 PROBE_TIMEOUT_S = 10.0
 
 
@@ -105,7 +106,8 @@ class Client:
     async def upload(self, files: Sequence[tuple[str, bytes]]) -> list[Record]:
         """Send files; each becomes a document under the name it is given here. One receipt per document."""
         parts = [("files", (name, content)) for name, content in files]
-        return _data(await self._request("POST", "/v1/documents", files=parts))
+        timeout = _patience(sum(len(content) for _, content in files))
+        return _data(await self._request("POST", "/v1/documents", files=parts, timeout=timeout))
 
     async def add(self, documents: Sequence[Document]) -> list[Record]:
         """Send documents; one receipt each, in order."""
@@ -113,7 +115,8 @@ class Client:
             {"id": one.id, "title": one.title, "text": one.text, "url": one.url, "metadata": dict(one.metadata)}
             for one in documents
         ]
-        return _data(await self._request("POST", "/v1/documents", json={"documents": bodies}))
+        timeout = _patience(sum(len(one.text) for one in documents))
+        return _data(await self._request("POST", "/v1/documents", json={"documents": bodies}, timeout=timeout))
 
     async def documents(self, *, page_size: int = 500) -> AsyncGenerator[Record, None]:
         """List all documents, page by page."""
@@ -130,9 +133,16 @@ class Client:
         """Read one document with its text."""
         return await self._request("GET", f"/v1/documents/{quote(document_id)}")
 
-    async def delete(self, document_id: str) -> None:
-        """Remove one document."""
-        await self._request("DELETE", f"/v1/documents/{quote(document_id)}")
+    async def delete(self, document_id: str) -> Record:
+        """Remove one document; give the receipt."""
+        answer = await self._request("DELETE", f"/v1/documents/{quote(document_id)}")
+        receipt: Record = answer["receipt"]
+        return receipt
+
+    async def max_file_bytes(self) -> int:
+        """Say how large a file the service takes."""
+        limits = (await self.readiness() or {}).get("limits", {})
+        return int(limits.get("max_file_bytes", MAX_FILE_BYTES))
 
     async def readiness(self) -> Record | None:
         """Say whether questions can be answered, with each part; None when no Cleave answers."""
@@ -184,6 +194,10 @@ class Client:
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise ServiceError(f"The connection to {self.url} broke ({reason}). Try again.") from None
+
+
+def _patience(num_bytes: int) -> httpx.Timeout:
+    return httpx.Timeout(ANSWER_TIMEOUT_S * max(1.0, num_bytes / 2**20), connect=CONNECT_TIMEOUT_S)
 
 
 def _normalise_url(url: str) -> str:
@@ -250,8 +264,8 @@ MAX_FILES_PER_REQUEST = 4
 MAX_DOCUMENTS_PER_REQUEST = 16
 MAX_BYTES_PER_REQUEST = 2**20
 """Small requests: each is some seconds of encoding, so that progress shows and little is sent twice."""
-MAX_FILE_BYTES = 512 * 2**20
-"""Read into memory to be sent; the service takes far less."""
+MAX_FILE_BYTES = 25 * 2**20
+"""Where the service does not say what it takes."""
 MAX_TRIES = 5
 MAX_WAIT_S = 30.0
 
@@ -311,7 +325,8 @@ async def ingest(client: Client, files: Mapping[str, Path]) -> AsyncGenerator[li
     """
     whole = {document_id: path for document_id, path in files.items() if not _is_jsonl(path)}
     lined = {document_id: path for document_id, path in files.items() if _is_jsonl(path)}
-    for batch in _batches(_read_files(whole), max_items=MAX_FILES_PER_REQUEST):
+    max_bytes = await client.max_file_bytes() if whole else 0
+    for batch in _batches(_read_files(whole, max_bytes), max_items=MAX_FILES_PER_REQUEST):
         yield await _deliver(batch, client.upload)
     for document_id, path in lined.items():
         for batch in _batches(_read_lines(document_id, path), max_items=MAX_DOCUMENTS_PER_REQUEST):
@@ -337,7 +352,7 @@ def _is_utf8(text: str) -> bool:
 def _count_lines(path: Path) -> int:
     try:
         with path.open("rb") as lines:
-            return sum(1 for line in lines if line.strip())
+            return sum(1 for line in read_lines(lines) if line.strip())
     except OSError:
         return 1
 
@@ -352,11 +367,13 @@ def _failure(document_id: str, reason: str) -> Record:
     }
 
 
-def _read_files(files: Mapping[str, Path]) -> Iterator[Item]:
+def _read_files(files: Mapping[str, Path], max_bytes: int) -> Iterator[Item]:
     for document_id, path in files.items():
         try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                yield document_id, UnreadableFile(f"has more than {MAX_FILE_BYTES // 2**20} MiB: split it")
+            size = path.stat().st_size
+            if size > max_bytes:
+                reason = f"has {size / 2**20:.1f} MiB, the limit is {max_bytes / 2**20:.1f} MiB: split it"
+                yield document_id, UnreadableFile(reason)
             else:
                 yield document_id, path.read_bytes()
         except OSError as error:
@@ -366,7 +383,7 @@ def _read_files(files: Mapping[str, Path]) -> Iterator[Item]:
 def _read_lines(name: str, path: Path) -> Iterator[Item]:
     try:
         with path.open("rb") as lines:
-            for one in iterate_jsonl(lines, name=name):
+            for one in iterate_jsonl(read_lines(lines), name=name):
                 yield (one.id, one) if isinstance(one, Document) else (name, one)
     except OSError as error:
         yield name, UnreadableFile(f"cannot be read ({error.strerror})")

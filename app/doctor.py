@@ -18,7 +18,14 @@ from typing import Any, Literal, TypeAlias
 from app.config import Config, load_config
 from app.dashboard import dashboard_address, waiting_in_cluster
 from app.errors import ConfigurationError, Unavailable
-from app.models import check_chat_model, is_prepared, read_config_file, read_model_config, resolve_encoder
+from app.models import (
+    check_chat_model,
+    is_prepared,
+    read_config_file,
+    read_model_config,
+    resolve_encoder,
+    resolve_reranker,
+)
 from app.services import ask_for_models
 from app.settings import Device, LLMSettings, Settings
 from app.sizing import GPU, MIB, Load, Model, advise, explain, fit, numbers, read_load, read_model
@@ -78,6 +85,7 @@ def examine(
     yield found
     yield check_language_model(settings, device)
     yield check_encoder(settings)
+    yield check_reranker(settings)
     if gpu is None or gpus:
         yield check_device(settings.llm, gpus, is_cuda_visible=bool(gpus) and torch_sees_cuda())
     if settings.llm.engine == "vllm" and (gpu is not None or device == "gpu"):
@@ -284,6 +292,18 @@ def check_encoder(settings: Settings) -> Finding:
     except ConfigurationError as error:
         return Finding("encoder", "failed", error.message, "Change embedding.model, as the message says.")
     return Finding("encoder", "ok", settings.embedding.model)
+
+
+def check_reranker(settings: Settings) -> Finding:
+    """Is it there, if one is configured?"""
+    reference = settings.reranking.model
+    if reference is None:
+        return Finding("cross-encoder", "ok", "none: reranking.model is not set")
+    try:
+        resolve_reranker(reference)
+    except ConfigurationError as error:
+        return Finding("cross-encoder", "failed", error.message, "Change reranking.model, as the message says.")
+    return Finding("cross-encoder", "ok", reference)
 
 
 # --- Machine ---------------------------------------------------------------------------------------------------------

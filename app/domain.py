@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -78,8 +79,12 @@ class StoredDocument:
     num_chunks: int
     num_characters: int
     content_hash: str
+    version: int
+    """Counts the writes of this document, from 1; a document that was deleted and is added again starts anew."""
     ingested_at: float
-    """Seconds since the epoch."""
+    """When it was first written, in seconds since the epoch."""
+    updated_at: float
+    """When this version was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,22 @@ class IngestReceipt:
     num_truncated_chunks: int = 0
     """Chunks that the encoder's window would cut: always 0, counted to prove it."""
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeletionReceipt:
+    """A document is gone: after it was removed, queries looked for its chunks and found none.
+
+    `checks` counts these queries by what they asked: `filter` (all its chunks by its id), `dense` and `sparse` (the
+    vectors that its chunks had).
+    """
+
+    document_id: str
+    version: int
+    num_chunks: int
+    verified_at: float
+    """Seconds since the epoch."""
+    checks: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +137,7 @@ class Passage:
     metadata: Metadata
     text: str
     score: float
-    """In [0, 1]; only the order means something."""
+    """The fused score, or the cross-encoder's; only its order within one result means something."""
     sentences: tuple[Sentence, ...] = ()
     start: int = 0
     end: int = 0
@@ -140,20 +161,25 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class SearchQuery:
-    """What to find. The sentences of the best `num_scored` passages get their cosine to the question."""
+    """What to find. The sentences of the best `num_scored` passages get their cosine to the question.
+
+    `timeout_s` is how long the caller waits: what is optional is left out when it would take too much of it.
+    """
 
     text: str
     top_k: int
     filters: Filters = field(default_factory=dict)
     num_scored: int = 0
+    timeout_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Passages, best first, with the time that each stage took."""
+    """Passages, best first, with the time that each stage took, and what the search had to do without."""
 
     passages: tuple[Passage, ...]
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    degraded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

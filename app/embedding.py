@@ -25,15 +25,15 @@ class Embedder:
         torch.set_num_threads(settings.num_threads)
         found = resolve_encoder(settings.model)
         self._model: Any = SentenceTransformer(
-            found.source, revision=found.revision, device="cpu", model_kwargs={"dtype": _dtype(settings)}
+            found.source, revision=found.revision, device="cpu", model_kwargs={"dtype": torch_dtype(settings.dtype)}
         )
         # A tokenizer of its own for counting: the model's is told to cut and pad, and may not be shared by threads.
         self._tokenizer = Tokenizer.from_str(self._model.tokenizer.backend_tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._batch_size = settings.batch_size
-        # One forward pass at a time: two would share the same cores and both be late.
-        self._lock = asyncio.Lock()
+        self.turn = asyncio.Lock()
+        """Held during a forward pass. One at a time: two would share the same cores and both be late."""
         self.model_name = settings.model
         self.revision = found.revision
         self.window: int = self._model.get_max_seq_length()
@@ -47,7 +47,7 @@ class Embedder:
         by_length = sorted(range(len(texts)), key=lambda position: len(texts[position]))
         for start in range(0, len(texts), self._batch_size):
             batch = by_length[start : start + self._batch_size]
-            async with self._lock:
+            async with self.turn:
                 vectors[batch] = await asyncio.to_thread(self._encode, [texts[position] for position in batch])
         return vectors
 
@@ -68,10 +68,10 @@ class Embedder:
         return vectors
 
 
-def _dtype(settings: EmbeddingSettings) -> str:
-    """Choose bfloat16 where the CPU computes in it: twice as fast, and the cosine to float32 is above 0.998."""
+def torch_dtype(wanted: str) -> str:
+    """For `auto` choose bfloat16 where the CPU computes in it: twice as fast, and a cosine to float32 above 0.998."""
     import torch
 
-    if settings.dtype != "auto":
-        return settings.dtype
+    if wanted != "auto":
+        return wanted
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"

@@ -16,6 +16,8 @@ CleaveError
  |   |   +- LLMCold           503
  |   +- RetrieverUnavailable  503
  |   +- Overloaded            429
+ +- WriteConflict             409  others write the same document all the time
+ +- DeletionFailed            500  a deleted document is still found
  +- DeadlineExceeded          504
  +- ConfigurationError        500  the service does not start; the message says what to change
      +- CollectionMismatch    500
@@ -136,6 +138,20 @@ class Overloaded(Unavailable):
     status = 429
     code = "overloaded"
     type = "rate_limit_error"
+
+
+class WriteConflict(CleaveError):
+    """Others write the same document all the time."""
+
+    status = 409
+    code = "write_conflict"
+    type = "invalid_request_error"
+
+
+class DeletionFailed(CleaveError):
+    """A query still finds chunks of a document that was removed."""
+
+    code = "deletion_failed"
 
 
 class DeadlineExceeded(CleaveError):

@@ -1,7 +1,8 @@
 """Documents into the store: chunk, encode, write. The same encoder and chunker settings serve queries later."""
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from app import sparse
@@ -10,7 +11,7 @@ from app.domain import Chunk, Document, EncodedChunk, IngestReceipt
 from app.embedding import Embedder
 from app.errors import CleaveError, ConfigurationError
 from app.settings import ChunkingSettings
-from app.store import Manifest, Store
+from app.store import Chunks, Manifest, Store
 from app.telemetry import logger
 
 MAX_PREFIX_TOKENS = 64
@@ -19,20 +20,26 @@ TEXT_FORMAT = "title, heading, text; NFKC; 1"
 """Names how text becomes encoder input; change the number with the code, and old collections are refused."""
 
 
-@dataclass(frozen=True, slots=True)
+MAX_CHUNKS_AT_ONCE = 512
+"""Encoded and held with their vectors at one time: 16 batches of the encoder, and some 10 MB."""
+
+
+@dataclass(slots=True)
 class _Draft:
-    """A document cut into chunks, with what the encoder reads of each and its BM25 terms."""
+    """A document cut into chunks; `num_truncated` counts those encoded so far that the encoder would cut."""
 
     document: Document
     chunks: Sequence[Chunk]
-    texts: Sequence[str]
-    terms: Sequence[Mapping[int, float]]
-    num_truncated: int
     is_update: bool
+    num_truncated: int = 0
 
 
 class Ingestor:
-    """Writes documents through one encoder into one store."""
+    """Writes documents through one encoder into one store.
+
+    Short documents are encoded together, `MAX_CHUNKS_AT_ONCE` at a time, and share the encoder's batches; a longer one
+    is encoded and written piece by piece. So the memory does not grow with the number of chunks.
+    """
 
     def __init__(self, embedder: Embedder, store: Store, settings: ChunkingSettings) -> None:
         check_window(embedder, settings)
@@ -45,43 +52,68 @@ class Ingestor:
         return [receipt for run in _without_repetition(documents) for receipt in await self._ingest(run)]
 
     async def _ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
-        outcomes = [await self._reported(document, self._draft(document)) for document in documents]
-        drafts = [outcome for outcome in outcomes if isinstance(outcome, _Draft)]
-        # All in one call: short documents share the encoder's batches.
-        vectors = iter((await self._embedder.embed([text for draft in drafts for text in draft.texts])).tolist())
-        receipts = []
-        for outcome in outcomes:
-            if isinstance(outcome, _Draft):
-                own = [next(vectors) for _ in outcome.chunks]
-                outcome = await self._reported(outcome.document, self._write(outcome, own))
-            assert isinstance(outcome, IngestReceipt)
-            receipts.append(outcome)
-        return receipts
+        receipts: list[IngestReceipt] = []
+        outcomes: list[_Draft | IngestReceipt] = []
+        num_chunks = 0
+        for document in documents:
+            outcome = await self._reported(document, self._draft(document))
+            needed = len(outcome.chunks) if isinstance(outcome, _Draft) else 0
+            if num_chunks + needed > MAX_CHUNKS_AT_ONCE:
+                receipts += await self._write(outcomes)
+                outcomes, num_chunks = [], 0
+            outcomes.append(outcome)
+            num_chunks += needed
+        return receipts + await self._write(outcomes)
 
     async def _draft(self, document: Document) -> _Draft | IngestReceipt:
         """Cut a document that is new or changed into chunks."""
         existing = await self._store.document(document.id)
         if existing is not None and existing[0].content_hash == document.content_hash:
             return IngestReceipt(document.id, "unchanged", num_chunks=existing[0].num_chunks)
-        return await asyncio.to_thread(self._cut, document, existing is not None)
+        chunks = await asyncio.to_thread(split, document.text, self._embedder, max_tokens=self._max_tokens)
+        return _Draft(document, chunks, is_update=existing is not None)
 
-    def _cut(self, document: Document, is_update: bool) -> _Draft:
-        chunks = split(document.text, self._embedder, max_tokens=self._max_tokens)
-        texts = [self._encoder_text(document, chunk) for chunk in chunks]
-        terms = [sparse.encode_document(text) for text in texts]
-        return _Draft(document, chunks, texts, terms, self._count_truncated(texts), is_update)
+    async def _write(self, outcomes: Sequence[_Draft | IngestReceipt]) -> list[IngestReceipt]:
+        """Encode and write drafts: several short ones, or one long one."""
+        parts = [(one, chunk) for one in outcomes if isinstance(one, _Draft) for chunk in one.chunks]
+        is_long = len(parts) > MAX_CHUNKS_AT_ONCE
+        together = iter([] if is_long else await self._encode(parts))
+        receipts = []
+        for outcome in outcomes:
+            if isinstance(outcome, _Draft):
+                own = self._encoded_in_turns(parts) if is_long else [*itertools.islice(together, len(outcome.chunks))]
+                outcome = await self._reported(outcome.document, self._put(outcome, own))
+            assert isinstance(outcome, IngestReceipt)
+            receipts.append(outcome)
+        return receipts
 
-    async def _write(self, draft: _Draft, vectors: Sequence[Sequence[float]]) -> IngestReceipt:
-        encoded = [
-            EncodedChunk(chunk, tuple(vector), terms)
-            for chunk, terms, vector in zip(draft.chunks, draft.terms, vectors, strict=True)
+    async def _encoded_in_turns(self, parts: Sequence[tuple[_Draft, Chunk]]) -> AsyncIterator[list[EncodedChunk]]:
+        for start in range(0, len(parts), MAX_CHUNKS_AT_ONCE):
+            yield await self._encode(parts[start : start + MAX_CHUNKS_AT_ONCE])
+
+    async def _encode(self, parts: Sequence[tuple[_Draft, Chunk]]) -> list[EncodedChunk]:
+        texts, terms = await asyncio.to_thread(self._read, parts)
+        vectors = await self._embedder.embed(texts)
+        return [
+            EncodedChunk(chunk, tuple(vector.tolist()), weights)
+            for (_, chunk), vector, weights in zip(parts, vectors, terms, strict=True)
         ]
-        await self._store.put(draft.document, encoded)
-        logger.info("document ingested", extra={"document_id": draft.document.id, "num_chunks": len(encoded)})
+
+    def _read(self, parts: Sequence[tuple[_Draft, Chunk]]) -> tuple[list[str], list[Mapping[int, float]]]:
+        """Give what the encoder reads of each chunk, and its BM25 terms."""
+        texts = [self._encoder_text(draft.document, chunk) for draft, chunk in parts]
+        for (draft, _), text in zip(parts, texts, strict=True):
+            draft.num_truncated += self._embedder.num_tokens(text) > self._embedder.window
+        return texts, [sparse.encode_document(text) for text in texts]
+
+    async def _put(self, draft: _Draft, chunks: Chunks) -> IngestReceipt:
+        await self._store.put(draft.document, chunks)
+        num_chunks = len(draft.chunks)
+        logger.info("document ingested", extra={"document_id": draft.document.id, "num_chunks": num_chunks})
         return IngestReceipt(
             draft.document.id,
             "updated" if draft.is_update else "created",
-            num_chunks=len(encoded),
+            num_chunks=num_chunks,
             num_truncated_chunks=draft.num_truncated,
         )
 
@@ -102,9 +134,6 @@ class Ingestor:
         if len(offsets) > room:
             prefix = prefix[: offsets[room][0]].rstrip() if room > 0 else ""
         return f"{prefix}\n{chunk.text}" if prefix else chunk.text
-
-    def _count_truncated(self, texts: Iterable[str]) -> int:
-        return sum(self._embedder.num_tokens(text) > self._embedder.window for text in texts)
 
 
 def _without_repetition(documents: Iterable[Document]) -> Iterator[list[Document]]:

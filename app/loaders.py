@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cache
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -34,6 +34,11 @@ MAX_DOCX_XML_BYTES = 20 * 2**20
 """Unpacked XML of a Word file. Its parser takes 40 times as much memory and 3 s per MiB; a novel has 10 MiB."""
 MAX_DOCX_BYTES = 200 * 2**20
 """Everything unpacked, pictures too."""
+
+MAX_DOCX_PARTS = 10_000
+"""Of a Word file; the list alone of half a million would take 400 MB."""
+MAX_LINE_BYTES = 25 * 2**20
+"""Of a file that holds a document a line."""
 
 MAX_TITLE_CHARACTERS = 300
 ADDRESS_KEYS = ("link", "url", "source")
@@ -56,11 +61,11 @@ class _ReadError(Exception):
 
 def load_file(
     name: str, content: bytes, *, document_id: str | None = None, metadata: Metadata = NO_METADATA, max_bytes: int
-) -> list[Document | UnreadableFile]:
+) -> Iterator[Document | UnreadableFile]:
     """Read one file by its suffix; the given metadata wins over the file's own.
 
-    A `.jsonl` file holds many documents and may hold bad lines: those come as errors in their place. Any other file
-    gives exactly one document, or raises.
+    A `.jsonl` file holds many documents, read one by one, and may hold bad lines: those come as errors in their place.
+    Any other file gives exactly one document, or raises.
     """
     suffix = PurePath(name).suffix.lower()
     with _border(_one_line(name)):
@@ -72,7 +77,7 @@ def load_file(
         if not re.search(r"\w", text):
             raise _ReadError(f"holds no text{NO_TEXT_HINTS.get(suffix, ': there is nothing in it to search')}")
     fallback_title = page.fallback_title or PurePath(name).stem
-    return [_document(document_id or _clean(name), page, text, fallback_title, metadata)]
+    return iter([_document(document_id or _clean(name), page, text, fallback_title, metadata)])
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, Path]]:
@@ -89,8 +94,10 @@ def iterate_jsonl(
 ) -> Iterator[Document | UnreadableFile]:
     """Read the evaluation format, one object {id, title, text, source, ...metadata} a line.
 
-    A line that cannot be read becomes an error that names it, and the next one is read.
+    A line that cannot be read becomes an error that names it, and the next one is read. So does one whose id stood in
+    an earlier line: the first is kept.
     """
+    numbers: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         line = line.removeprefix(codecs.BOM_UTF8).strip()
         if not line:
@@ -98,10 +105,21 @@ def iterate_jsonl(
         try:
             with _border(_one_line(f"{name} line {number}")):
                 document = _read_record(line, metadata)
+                first = numbers.setdefault(document.id, number)
+                if first != number:
+                    raise _ReadError(f"repeats the id {document.id!r} of line {first}, which is kept")
         except UnreadableFile as error:
             yield error
         else:
             yield document
+
+
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Read lines; of one over `MAX_LINE_BYTES` only so much that it is seen to be over."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES)
 
 
 # --- Normalising -----------------------------------------------------------------------------------------------------
@@ -322,6 +340,8 @@ def _read_pdf(content: bytes) -> _Page:
 def _read_docx(content: bytes) -> _Page:
     if content.startswith(b"\xd0\xcf\x11\xe0"):
         raise _ReadError("is an old .doc file or has a password: save it as .docx without one")
+    if content.count(b"PK\x01\x02") > MAX_DOCX_PARTS:
+        raise _ReadError(f"has more than {MAX_DOCX_PARTS} parts, which no Word file has: open it in its program")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = archive.infolist()
     xml = sum(part.file_size for part in parts if part.filename.lower().endswith((".xml", ".rels")))
@@ -374,15 +394,17 @@ NO_TEXT_HINTS = {".pdf": ", only pictures: run OCR on it first, for example with
 
 def _load_jsonl(
     name: str, content: bytes, document_id: str | None, metadata: Metadata
-) -> list[Document | UnreadableFile]:
+) -> Iterator[Document | UnreadableFile]:
     if document_id is not None:
         raise _ReadError("each line has its own id: leave out the id of the whole")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         content = _decode(content).encode()
-    return list(iterate_jsonl(io.BytesIO(content), name=name, metadata=metadata))
+    return iterate_jsonl(io.BytesIO(content), name=name, metadata=metadata)
 
 
 def _read_record(line: bytes, metadata: Metadata) -> Document:
+    if len(line) > MAX_LINE_BYTES:
+        raise _ReadError(f"has more than {MAX_LINE_BYTES // 2**20} MiB: split its text")
     try:
         record = json.loads(_decode(line), parse_constant=lambda constant: None)
     except json.JSONDecodeError as error:

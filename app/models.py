@@ -40,6 +40,11 @@ def resolve_encoder(reference: str) -> ModelReference:
     return _resolve(reference, setting="embedding.model", bundled=BUNDLED_ENCODERS)
 
 
+def resolve_reranker(reference: str) -> ModelReference:
+    """Find the cross-encoder of `reranking.model`; none is bundled."""
+    return _resolve(reference, setting="reranking.model", bundled={})
+
+
 def check_chat_model(reference: str, *, chat_template: Path | None = None) -> ModelReference:
     """Find out in seconds, without loading it, whether the model of `llm.model` can be used.
 
@@ -127,11 +132,11 @@ def _resolve(reference: str, *, setting: str, bundled: dict[str, tuple[str, str]
         return ModelReference(str(folder.resolve()))
     match = HUB_ID.fullmatch(reference)
     if match is None or reference.startswith((".", "/", "~")):
-        raise ConfigurationError(
-            f"{setting}: there is no folder {reference!r}. Name an existing folder, a hub id such as "
-            f"owner/model@revision, or a bundled model ({', '.join(bundled)})."
-        )
-    _check_hub(match["id"], match["revision"], setting)
+        forms = ["an existing folder", "a hub id such as owner/model@revision"]
+        forms += [f"or a bundled model ({', '.join(bundled)})"] if bundled else []
+        raise ConfigurationError(f"{setting}: there is no folder {reference!r}. Name {', '.join(forms)}.")
+    way_out = "name a folder, or a bundled model" if bundled else "name a folder, or leave it out"
+    _check_hub(match["id"], match["revision"], setting, way_out)
     return ModelReference(match["id"], match["revision"])
 
 
@@ -158,7 +163,7 @@ def _check_folder(folder: Path, setting: str) -> None:
         raise ConfigurationError(f"{setting}: {folder} has no weights (*.safetensors). Copy them into the folder.")
 
 
-def _check_hub(hub_id: str, revision: str | None, setting: str) -> None:
+def _check_hub(hub_id: str, revision: str | None, setting: str, way_out: str) -> None:
     """Ask the local cache, then the hub, whether the model exists; a start must not wait for a dead network."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -168,7 +173,6 @@ def _check_hub(hub_id: str, revision: str | None, setting: str) -> None:
         RevisionNotFoundError,
     )
 
-    way_out = "name a folder, or a bundled model"
     try:
         if isinstance(try_to_load_from_cache(hub_id, "config.json", revision=revision), str):
             return

@@ -7,7 +7,9 @@ from typing import Protocol
 
 from app import sparse
 from app.chunking import sentences
+from app.deletion import delete
 from app.domain import (
+    DeletionReceipt,
     Document,
     IngestReceipt,
     Passage,
@@ -20,13 +22,16 @@ from app.domain import (
 from app.embedding import Embedder, Vectors
 from app.errors import DocumentNotFound, UnknownFilter
 from app.ingestion import Ingestor
-from app.selection import POOL_FACTOR, select
+from app.reranking import Reranker
+from app.selection import POOL_FACTOR, choose, without_duplicates
 from app.settings import RetrievalSettings
 from app.store import Store
 from app.telemetry import Stopwatch
 
 MAX_CACHED_PASSAGES = 4096
 """Sentence vectors kept: about 10 kB a passage; the oldest go first."""
+RERANKING_SHARE = 0.5
+"""Of the search's time: what reranking may take, so that the sentences can still be scored."""
 
 
 class Retriever(Protocol):
@@ -51,8 +56,8 @@ class Retriever(Protocol):
         """Read one document with its text. Raises `DocumentNotFound`."""
         ...
 
-    async def delete(self, document_id: str) -> None:
-        """Remove a document and all its chunks. Raises `DocumentNotFound`."""
+    async def delete(self, document_id: str) -> DeletionReceipt:
+        """Remove a document and all its chunks, proved by queries. Raises `DocumentNotFound` or `DeletionFailed`."""
         ...
 
     async def info(self) -> RetrieverInfo:
@@ -65,38 +70,49 @@ class Retriever(Protocol):
 
 
 class LocalRetriever:
-    """A `Retriever` in this process: an encoder and a store."""
+    """A `Retriever` in this process: an encoder, a store, and a cross-encoder if one is configured."""
 
     def __init__(
-        self, embedder: Embedder, store: Store, ingestor: Ingestor, settings: RetrievalSettings, collection: str
+        self,
+        embedder: Embedder,
+        store: Store,
+        ingestor: Ingestor,
+        settings: RetrievalSettings,
+        collection: str,
+        reranker: Reranker | None = None,
     ) -> None:
         self._embedder = embedder
         self._store = store
         self._ingestor = ingestor
         self._settings = settings
         self._collection = collection
+        self._reranker = reranker
         self._sentence_vectors: dict[str, tuple[list[str], Vectors]] = {}
 
     async def search(self, query: SearchQuery) -> SearchResult:
-        """Embed the question, search and fuse both lists, choose passages, score the sentences of the best ones."""
+        """Embed the question, search and fuse both lists, rerank, choose passages, score the best ones' sentences."""
         watch = Stopwatch()
         await self._check_filters(query)
         with watch.stage("embed"):
             question = (await self._embedder.embed([query.text]))[0]
+        num_pooled = POOL_FACTOR * query.top_k
+        if self._reranker is not None:
+            num_pooled = max(num_pooled, self._reranker.num_candidates)
         with watch.stage("search"):
             pool = await self._store.search(
                 question.tolist(),
                 sparse.encode_query(query.text),
                 filters=query.filters,
-                limit=POOL_FACTOR * query.top_k,
+                limit=num_pooled,
                 num_candidates=max(self._settings.num_candidates, query.top_k),
                 weights=(self._settings.dense_weight, self._settings.sparse_weight),
             )
-        with watch.stage("select"):
-            passages = await asyncio.to_thread(select, pool, query.top_k)
+            pool = await asyncio.to_thread(without_duplicates, pool)
+        ranked, degraded = await self._reranked(query, pool, watch)
+        passages = choose(ranked, query.top_k)
         with watch.stage("score_sentences"):
             scored = await self._with_sentences(passages[: query.num_scored], question)
-        return SearchResult((*scored, *passages[query.num_scored :]), watch.timings_ms)
+        return SearchResult((*scored, *passages[query.num_scored :]), watch.timings_ms, degraded)
 
     async def ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
         """See `Retriever.ingest`."""
@@ -113,10 +129,12 @@ class LocalRetriever:
             raise _not_found(document_id)
         return found
 
-    async def delete(self, document_id: str) -> None:
+    async def delete(self, document_id: str) -> DeletionReceipt:
         """See `Retriever.delete`."""
-        if not await self._store.delete(document_id):
+        receipt = await delete(self._store, document_id)
+        if receipt is None:
             raise _not_found(document_id)
+        return receipt
 
     async def info(self) -> RetrieverInfo:
         """See `Retriever.info`."""
@@ -143,6 +161,16 @@ class LocalRetriever:
                 f"No document has the field {unknown[0]!r}. Fields that can be filtered: {', '.join(known) or 'none'}.",
                 param=f"filters.{unknown[0]}",
             )
+
+    async def _reranked(
+        self, query: SearchQuery, passages: list[Passage], watch: Stopwatch
+    ) -> tuple[list[Passage], tuple[str, ...]]:
+        """Order by the cross-encoder if there is one, and name what the search had to do without."""
+        if self._reranker is None:
+            return passages, ()
+        with watch.stage("rerank"):
+            timeout_s = RERANKING_SHARE * query.timeout_s
+            return await self._reranker.rerank(query.text, passages, timeout_s=timeout_s)
 
     async def _with_sentences(self, passages: Sequence[Passage], question: Vectors) -> list[Passage]:
         scored = []

@@ -21,21 +21,6 @@ SHINGLE = 3
 _WORD = re.compile(r"\w+")
 
 
-def select(found: Sequence[Passage], limit: int) -> list[Passage]:
-    """Choose at most `limit` passages, best first, from those that a search found.
-
-    A document fills half of the places at most, as long as others are left.
-    """
-    passages = join_neighbours(without_duplicates(found))
-    share = Counter[str]()
-    first: list[Passage] = []
-    rest: list[Passage] = []
-    for passage in passages:
-        share[passage.document_id] += 1
-        (first if share[passage.document_id] <= (limit + 1) // 2 else rest).append(passage)
-    return (first + rest)[:limit]
-
-
 def without_duplicates(found: Iterable[Passage]) -> list[Passage]:
     """Keep the better one of passages that say the same; it names the other documents in `also_in`."""
     kept: list[Passage] = []
@@ -66,6 +51,20 @@ def join_neighbours(found: Sequence[Passage]) -> list[Passage]:
         place = next((place for place in places if place in waiting), None)
         joined.append(_join(passage, waiting.pop(place)) if place else passage)
     return joined
+
+
+def choose(found: Sequence[Passage], limit: int) -> list[Passage]:
+    """Choose at most `limit` passages, best first, neighbours joined.
+
+    A document fills half of the places at most, as long as others are left.
+    """
+    share = Counter[str]()
+    first: list[Passage] = []
+    rest: list[Passage] = []
+    for passage in join_neighbours(found):
+        share[passage.document_id] += 1
+        (first if share[passage.document_id] <= (limit + 1) // 2 else rest).append(passage)
+    return (first + rest)[:limit]
 
 
 def _join(best: Passage, other: Passage) -> Passage:

@@ -15,6 +15,7 @@ from app.llm import LLM
 from app.llm.openai_http import OpenAIEngine, check_url
 from app.loaders import SUFFIXES, load_file, walk
 from app.models import check_chat_model
+from app.reranking import Reranker
 from app.retrieval import LocalRetriever, Retriever
 from app.settings import Device, LLMSettings, Settings
 from app.store import Manifest, Store
@@ -47,11 +48,14 @@ async def build_services(
 
 
 async def build_retriever(settings: Settings) -> LocalRetriever:
-    """Load the encoder, open the store, and fill a new collection from `seed`."""
+    """Load the encoder and the cross-encoder, open the store, and fill a new collection from `seed`."""
     embedder = await asyncio.to_thread(Embedder, settings.embedding)
+    reranker = None
+    if settings.reranking.model is not None:
+        reranker = await asyncio.to_thread(Reranker, settings.reranking, embedder.turn)
     store = await _open_store(settings, embedder.dimension, manifest(embedder, settings.chunking))
     ingestor = Ingestor(embedder, store, settings.chunking)
-    retriever = LocalRetriever(embedder, store, ingestor, settings.retrieval, settings.store.collection)
+    retriever = LocalRetriever(embedder, store, ingestor, settings.retrieval, settings.store.collection, reranker)
     if settings.seed is not None:
         await _seed(retriever, settings, settings.seed)
     return retriever

@@ -53,6 +53,16 @@ class RetrievalSettings(Branch):
     sparse_weight: float = Field(0.35, ge=0)
 
 
+class RerankingSettings(Branch):
+    """The cross-encoder that orders the best passages anew; without a model there is none."""
+
+    model: str | None = Field(None, description="hub-id[@revision] or folder of a sentence-transformers CrossEncoder")
+    num_candidates: int = Field(30, ge=2, le=1000, description="passages that it reads for a question")
+    timeout_s: float = Field(1.0, gt=0, description="after this the order stays that of the search")
+    batch_size: int = Field(32, ge=1, le=1024, description="passages read at once, of all searches together")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it")
+
+
 class ModelByDevice(Branch):
     """A model per device, so that one file serves a laptop and a GPU box."""
 
@@ -133,6 +143,7 @@ class Settings(Branch):
     chunking: ChunkingSettings = ChunkingSettings()
     store: StoreSettings = StoreSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
+    reranking: RerankingSettings = RerankingSettings()
     llm: LLMSettings = LLMSettings()
     answer: AnswerSettings = AnswerSettings()
     api: APISettings = APISettings()

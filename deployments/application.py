@@ -12,7 +12,7 @@ from deployments.versions import versioned
 
 # The branches of the settings that a deployment reads, and whose change restarts it.
 BUSINESS = ("answer", "api", "retrieval", "logging")
-KNOWLEDGE = ("data_dir", "seed", "embedding", "chunking", "store", "retrieval", "api", "logging")
+KNOWLEDGE = ("data_dir", "seed", "embedding", "chunking", "store", "retrieval", "reranking", "api", "logging")
 MODEL = ("data_dir", "llm", "logging")
 
 

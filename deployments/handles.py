@@ -13,6 +13,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from app.domain import (
+    DeletionReceipt,
     Delta,
     Document,
     GenerationRequest,
@@ -57,9 +58,9 @@ class RetrieverHandle:
         """See `Retriever.document`."""
         return cast(tuple[StoredDocument, str], await self._call("document", document_id))
 
-    async def delete(self, document_id: str) -> None:
+    async def delete(self, document_id: str) -> DeletionReceipt:
         """See `Retriever.delete`."""
-        await self._call("delete", document_id)
+        return cast(DeletionReceipt, await self._call("delete", document_id))
 
     async def info(self) -> RetrieverInfo:
         """See `Retriever.info`."""

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from ray import serve
 
 from app.config import check_single_owner
-from app.domain import Document, IngestReceipt, RetrieverInfo, SearchQuery, SearchResult, StoredDocument
+from app.domain import (
+    DeletionReceipt,
+    Document,
+    IngestReceipt,
+    RetrieverInfo,
+    SearchQuery,
+    SearchResult,
+    StoredDocument,
+)
 from app.services import build_retriever
 from app.settings import Settings
 from app.telemetry import configure_logging
@@ -44,9 +52,9 @@ class Retriever:
         """Read one document."""
         return await self._retriever.document(document_id)
 
-    async def delete(self, document_id: str) -> None:
+    async def delete(self, document_id: str) -> DeletionReceipt:
         """Remove one document."""
-        await self._retriever.delete(document_id)
+        return await self._retriever.delete(document_id)
 
     async def info(self) -> RetrieverInfo:
         """Say what is held."""

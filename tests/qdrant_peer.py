@@ -94,6 +94,10 @@ def _batch(engine: QdrantClient, name: str, body: models.UpdateOperations) -> An
     return engine.batch_update_points(name, body.operations)
 
 
+def _overwrite(engine: QdrantClient, name: str, body: models.SetPayload) -> Any:
+    return engine.overwrite_payload(name, body.payload, body.filter)
+
+
 def _delete(engine: QdrantClient, name: str, body: models.FilterSelector) -> Any:
     return engine.delete(name, body)
 
@@ -107,7 +111,7 @@ def _query(engine: QdrantClient, name: str, body: models.QueryRequest) -> Any:
 
 
 def _query_batch(engine: QdrantClient, name: str, body: models.QueryRequestBatch) -> Any:
-    return engine.query_batch_points(name, body.searches)
+    return [_query(engine, name, one) for one in body.searches]
 
 
 def _scroll(engine: QdrantClient, name: str, body: models.ScrollRequest) -> Any:
@@ -129,6 +133,7 @@ OPERATIONS: tuple[tuple[str, str, type[BaseModel] | None, Operation], ...] = (
     ("PUT", "/collections/{name}/index", models.CreateFieldIndex, _index),
     ("PUT", "/collections/{name}/points", models.PointsList, _upsert),
     ("POST", "/collections/{name}/points/batch", models.UpdateOperations, _batch),
+    ("PUT", "/collections/{name}/points/payload", models.SetPayload, _overwrite),
     ("POST", "/collections/{name}/points/delete", models.FilterSelector, _delete),
     ("POST", "/collections/{name}/points", models.PointRequest, _retrieve),
     ("POST", "/collections/{name}/points/query", models.QueryRequest, _query),

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -853,10 +854,20 @@ async def test_a_document_is_found_under_any_id(client: httpx.AsyncClient, docum
     assert (await client.get(address)).json()["id"] == document_id
     found = (await client.post("/v1/search", json={"query": "lighthouses"})).json()["data"]
     assert document_id in {one["document_id"] for one in found}
-    assert (await client.delete(address)).json() == {
+    before = time.time()
+    deleted = (await client.delete(address)).json()
+    verified_at = deleted["receipt"].pop("verified_at")
+    assert before <= verified_at <= time.time()
+    assert deleted == {
         "id": document_id,
         "object": "document.deleted",
         "deleted": True,
+        "receipt": {
+            "document_id": document_id,
+            "version": 1,
+            "num_chunks": 1,
+            "checks": {"filter": 1, "dense": 1, "sparse": 1},
+        },
     }
     for response in (await client.delete(address), await client.get(address)):
         error = error_of(response, 404)

@@ -63,7 +63,18 @@ def test_every_finding_that_is_not_ok_says_what_to_do(tmp_path: Path, held_port:
 
 def test_this_installation_is_in_order(tmp_path: Path, free_port: int) -> None:
     findings = by_name(examine(write_config(tmp_path, free_port, llm={"device": "cpu"}), nobody))
-    parts = ("Python", "Ray", "vLLM", "torch", "torchvision", "config", "language model", "encoder", "data folder")
+    parts = (
+        "Python",
+        "Ray",
+        "vLLM",
+        "torch",
+        "torchvision",
+        "config",
+        "language model",
+        "encoder",
+        "cross-encoder",
+        "data folder",
+    )
     assert {name: findings[name].status for name in parts} == dict.fromkeys(parts, "ok")
     assert "will be prepared" in findings["language model"].detail
     assert findings[f"port {free_port}"].detail == "free"
@@ -195,6 +206,7 @@ def test_models_that_cannot_be_used_fail_with_the_reason(tmp_path: Path) -> None
     found = doctor.check_language_model(Settings(llm=LLMSettings(model=missing)), "cpu")
     assert (found.status, missing in found.detail) == ("failed", True)
     assert doctor.check_encoder(Settings.model_validate({"embedding": {"model": missing}})).status == "failed"
+    assert doctor.check_reranker(Settings.model_validate({"reranking": {"model": missing}})).status == "failed"
 
 
 def test_a_damaged_model_folder_is_a_finding_and_no_crash(tmp_path: Path) -> None:

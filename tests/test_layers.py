@@ -18,7 +18,7 @@ LAYERS = [
     {"prompts", "grounding"},
     {"gate", "answerability", "models", "sizing"},
     {"embedding", "store", "llm"},
-    {"planning", "ingestion"},
+    {"planning", "ingestion", "deletion", "reranking"},
     {"retrieval"},
     {"chat"},
     {"services"},

@@ -84,6 +84,7 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"answer": {"max_tokens": 7}}, {"Ingress"}),
     ({"retrieval": {"top_k": 7}}, {"Ingress", "Retriever"}),
     ({"chunking": {"max_tokens": 77}}, {"Retriever"}),
+    ({"reranking": {"num_candidates": 7}}, {"Retriever"}),
     ({"data_dir": "/elsewhere"}, {"Retriever", "LLM"}),
     ({"logging": {"format": "text"}}, {"Ingress", "Retriever", "LLM"}),
 ]

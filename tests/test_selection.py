@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.domain import Passage
-from app.selection import join_neighbours, select, without_duplicates
+from app.selection import choose, join_neighbours, without_duplicates
 
 TEXT = "The lock is held for as long as the write takes, and a reader that comes in between waits for it."
 
@@ -63,13 +63,13 @@ def test_chunks_that_are_no_neighbours_stay_apart() -> None:
 def test_a_document_fills_half_of_the_places_while_others_are_left() -> None:
     # Every second chunk: none are neighbours.
     found = [passage("a", 2 * index) for index in range(6)] + [passage("b", 0), passage("c", 0)]
-    assert names(select(found, 5)) == ["a#0", "a#2", "a#4", "b#0", "c#0"]
-    assert names(select(found[:6], 5)) == ["a#0", "a#2", "a#4", "a#6", "a#8"]
+    assert names(choose(found, 5)) == ["a#0", "a#2", "a#4", "b#0", "c#0"]
+    assert names(choose(found[:6], 5)) == ["a#0", "a#2", "a#4", "a#6", "a#8"]
 
 
 @given(PASSAGES, st.integers(1, 10))
 def test_the_best_comes_first_and_nothing_is_given_twice(found: list[Passage], limit: int) -> None:
-    chosen = select(found, limit)
+    chosen = choose(found, limit)
     assert len(chosen) <= limit
     assert names(chosen)[:1] == names(found)[:1]
     texts = " ".join(one.text for one in chosen)
@@ -78,5 +78,5 @@ def test_the_best_comes_first_and_nothing_is_given_twice(found: list[Passage], l
 
 @given(PASSAGES)
 def test_nothing_that_was_found_is_lost(found: list[Passage]) -> None:
-    texts = " ".join(one.text for one in select(found, 50))
+    texts = " ".join(one.text for one in choose(found, 50))
     assert all(one.text in texts for one in found)

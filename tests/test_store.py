@@ -1,13 +1,12 @@
 """One contract for all stores, then what each one promises.
 
-The server is met over HTTP, and is a stand-in: see `tests/qdrant_peer.py`. The embedded store is killed at any moment.
+The server is met over HTTP, and is a stand-in: see `tests/qdrant_peer.py`. What kills do is tested in `test_life.py`.
 """
 
 import asyncio
 import contextlib
 import itertools
 import random
-import signal
 import subprocess
 import sys
 import uuid
@@ -18,6 +17,7 @@ import pytest
 from qdrant_client import AsyncQdrantClient
 
 from app import sparse
+from app.deletion import delete
 from app.domain import Chunk, Document, EncodedChunk, Filters, Passage, Scalar
 from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
 from app.store import Manifest, Store, edge
@@ -121,7 +121,7 @@ async def test_an_empty_collection_answers_with_nothing(store: Store) -> None:
     assert await store.documents() == []
     assert await store.document("absent") is None
     assert await search(store, "anything") == []
-    assert not await store.delete("absent")
+    assert await delete(store, "absent") is None
 
 
 async def test_a_passage_carries_what_a_reader_needs(store: Store) -> None:
@@ -160,7 +160,7 @@ async def test_paging_goes_on_behind_a_document_that_was_deleted(store: Store) -
     for number in range(6):
         await put(store, str(number), "text")
     first, second, *rest = [stored.id for stored in await store.documents()]
-    await store.delete(second)
+    await delete(store, second)
     assert [stored.id for stored in await store.documents(after=second)] == rest
     assert [stored.id for stored in await store.documents(after=first, limit=1)] == rest[:1]
 
@@ -168,7 +168,7 @@ async def test_paging_goes_on_behind_a_document_that_was_deleted(store: Store) -
 async def test_a_deleted_document_is_gone_whole(store: Store) -> None:
     await put(store, "a", "one", "two", lang="en")
     await put(store, "b", "one")
-    assert await store.delete("a")
+    assert await delete(store, "a")
     assert await store.document("a") is None
     assert await store.counts() == (1, 1)
     assert await store.filter_fields() == ()
@@ -315,7 +315,7 @@ async def test_a_search_sees_one_version_while_documents_are_written(store: Stor
 
 
 def test_of_two_versions_in_a_result_the_newer_is_kept() -> None:
-    old, new = (chunk_points(*essay("a", 2, version), at) for version, at in (("old", 1), ("new", 2)))
+    old, new = (chunk_points(*essay("a", 2, version), version, at) for version, at in (("old", 1), ("new", 2)))
     hits = [(point.payload, 0.9 - number / 10) for number, point in enumerate([*old, *new])]
     for dense, sparse_hits in ((hits, []), ([], hits), (hits[:2], hits[2:]), (hits[2:], hits[:2])):
         found = best_passages(dense, sparse_hits, weights=(1, 1), num_candidates=50, limit=4)
@@ -342,7 +342,7 @@ async def test_two_processes_on_one_server_see_each_others_writes(server: str) -
     await other.put(*essay("a", 2, "new"))
     assert await chunks_of(one, "a") == ["new 0", "new 1"]
     assert await one.counts() == (1, 2)
-    assert await one.delete("a")
+    assert await delete(one, "a")
     assert await other.document("a") is None
     await one.close()
     await other.close()
@@ -477,7 +477,7 @@ async def test_a_reopened_folder_holds_what_was_written(tmp_path: Path) -> None:
     store = reopen(tmp_path)
     await put(store, "kept", "a fox digs", lang="en")
     await put(store, "deleted", "a fox sleeps")
-    await store.delete("deleted")
+    await delete(store, "deleted")
     before = await search(store, "fox")
     await store.close()
     store = reopen(tmp_path)
@@ -536,59 +536,12 @@ async def test_a_clock_that_was_set_back_does_not_keep_the_old_version(
     await store.close()
 
 
-async def test_a_killed_writer_leaves_every_document_whole(tmp_path: Path) -> None:
-    generator = random.Random(11)
-    written: dict[str, int] = {}
-    for _ in range(10):
-        writer = run_python(WRITE, tmp_path / "collection", str(generator.random()))
-        assert writer.stdout is not None
-        for _ in range(generator.randint(1, 30)):
-            document_id, num_chunks = writer.stdout.readline().split()
-            written[document_id] = int(num_chunks)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            writer.wait(timeout=generator.uniform(0, 0.02))
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-        await check_every_document_is_whole(tmp_path, written)
-
-
-async def check_every_document_is_whole(folder: Path, written: dict[str, int]) -> None:
-    store = reopen(folder)
-    documents = await store.documents(limit=1_000)
-    assert {stored.id for stored in documents} >= written.keys()
-    for stored in documents:
-        found = await chunks_of(store, stored.id)
-        assert len(found) == stored.num_chunks
-        assert {text.split()[0] for text in found} <= {stored.title}
-    assert await store.counts() == (len(documents), sum(stored.num_chunks for stored in documents))
-    await store.close()
-
-
 OPEN = """
 import sys
 from pathlib import Path
 from app.store.edge import open_edge_store
 manifest = {"embedding.model": "fake", "chunking.max_tokens": 160}
 store = open_edge_store(Path(sys.argv[1]), dimension=8, manifest=manifest)
-"""
-
-# Writes and rewrites 20 documents of up to three pieces without an end, and says so when one is written.
-WRITE = f"""{OPEN}
-import asyncio, random
-from app.domain import Chunk, Document, EncodedChunk
-
-async def write(generator):
-    while True:
-        name, version = f"d{{generator.randrange(20)}}", str(generator.random())
-        document = Document(name, version, "text", metadata={{"name": name}})
-        chunks = [
-            EncodedChunk(Chunk(index, f"{{version}} {{index}}", 0, 1), (0.5,) * 8, {{index: 1.0}})
-            for index in range(generator.choice([0, 1, 3, 20, 150, 300]))
-        ]
-        await store.put(document, chunks)
-        print(name, len(chunks), flush=True)
-
-asyncio.run(write(random.Random(sys.argv[2])))
 """
 
 

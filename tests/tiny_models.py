@@ -1,4 +1,7 @@
-"""Chat models that a test makes: real Llamas of a few hundred kilobytes, each of which only ever says one word."""
+"""Models that a test makes, of a few hundred kilobytes.
+
+Real Llamas, each of which only ever says one word, and real BERTs that score a text by one word.
+"""
 
 from pathlib import Path
 
@@ -42,4 +45,59 @@ def make_model(folder: Path, *, says: str, max_length: int = 2048) -> Path:
         model.lm_head.weight.zero_()
         model.lm_head.weight[VOCABULARY.index(says)] = 1
     model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def make_cross_encoder(folder: Path, *, marker: str, max_length: int = 64, num_labels: int = 1) -> Path:
+    """Write a cross-encoder that scores a pair by the share of `marker` among its tokens; each word is a token."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.normalizers import Lowercase
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    vocabulary = {word: n for n, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", marker))}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    words.normalizer = Lowercase()
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(word, vocabulary[word]) for word in ("[CLS]", "[SEP]")],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=max_length,
+    ).save_pretrained(folder)
+
+    size = 8
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=size,
+        intermediate_size=size,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=max_length,
+        num_labels=num_labels,
+        # So large that a norm keeps what is longer longer.
+        layer_norm_eps=100.0,
+    )
+    model = BertForSequenceClassification(config)
+    direction = torch.tensor([1.0, -1.0]).repeat(size // 2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "LayerNorm.weight" in name else 0.0)
+        # Only the marker is seen. Every token looks at all others alike, so the first one becomes their mean.
+        model.bert.embeddings.word_embeddings.weight[vocabulary[marker]] = 100 * direction
+        attention = model.bert.encoder.layer[0].attention
+        for layer in (attention.self.value, attention.output.dense, model.bert.pooler.dense):
+            layer.weight.copy_(torch.eye(size))
+        model.classifier.weight[:] = 100 * direction
+    model.save_pretrained(folder)
     return folder

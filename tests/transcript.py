@@ -19,7 +19,7 @@ Send: TypeAlias = Callable[[RunningService], Exchange]
 TIMEOUT_S = 180.0
 NUM_ATTEMPTS = 3
 LATE = ("llm_timeout", "llm_unavailable")
-TIMES = {"created", "ingested_at", "kv_cache_usage"}
+TIMES = {"created", "ingested_at", "updated_at", "verified_at", "kv_cache_usage"}
 """Keys of a body whose values depend on time."""
 TRANSPORT = {"content-length", "date", "openai-processing-ms"}
 """Headers that do; the length is that of a body with times."""

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import TypeAdapter, ValidationError
@@ -15,6 +17,15 @@ from app.domain import Document, IngestReceipt, Scalar, SearchQuery, StoredDocum
 from app.errors import InvalidRequest, TooLarge, UnreadableFile
 from app.loaders import load_file, normalise
 from app.services import Services
+
+MAX_DOCUMENTS_PER_REQUEST = 10_000
+"""In uploaded files; the rest of a longer one is refused."""
+MAX_DOCUMENTS_AT_ONCE = 512
+MAX_CHARACTERS_AT_ONCE = 2**20
+"""Read, then ingested, before the next are read: a few small files may unpack to more than the memory holds."""
+
+Loaded: TypeAlias = tuple[str, Document | UnreadableFile]
+"""A document, or why there is none, by the name of the file or the id that was sent."""
 
 METADATA = TypeAdapter(dict[str, Scalar])
 BODIES = {
@@ -58,14 +69,19 @@ def documents_router(services: Services) -> APIRouter:
         """
         content_type = request.headers.get("content-type", "").lower()
         if content_type.startswith("multipart/form-data"):
-            loaded = await _from_form(request, max_file_bytes)
+            loaded = _from_form(request, max_file_bytes)
         elif content_type.startswith("application/json"):
-            loaded = await asyncio.to_thread(_from_json, await request.body())
+            loaded = _from_json(await asyncio.to_thread(_parse, await request.body()))
         else:
             # A web page elsewhere may send other types to this machine without asking.
             raise HTTPException(415, "Send application/json or multipart/form-data")
-        receipts = await retriever.ingest([one for _, one in loaded if isinstance(one, Document)])
-        return {"object": "list", "data": _results(loaded, receipts)}
+        results: list[dict[str, Any]] = []
+        async with aclosing(loaded):
+            async for group in _groups(loaded):
+                documents = [one for _, one in group if isinstance(one, Document)]
+                receipts = await retriever.ingest(documents) if documents else []
+                results += _results(group, receipts)
+        return {"object": "list", "data": results}
 
     @router.get("/v1/documents")
     async def list_documents(
@@ -89,9 +105,9 @@ def documents_router(services: Services) -> APIRouter:
 
     @router.delete("/v1/documents/{document_id:path}")
     async def delete_document(document_id: str) -> dict[str, Any]:
-        """Remove a document with all its chunks."""
-        await retriever.delete(document_id)
-        return {"id": document_id, "object": "document.deleted", "deleted": True}
+        """Remove a document with all its chunks; answered when queries have shown that none of them is found."""
+        receipt = await retriever.delete(document_id)
+        return {"id": document_id, "object": "document.deleted", "deleted": True, "receipt": asdict(receipt)}
 
     @router.post("/v1/search")
     async def search(body: SearchRequest) -> dict[str, Any]:
@@ -105,18 +121,19 @@ def documents_router(services: Services) -> APIRouter:
             "object": "list",
             "data": [{"n": n, **source(one)} for n, one in enumerate(found.passages, start=1)],
             "timings_ms": dict(found.timings_ms),
+            "degraded": list(found.degraded),
         }
 
     return router
 
 
-async def _from_form(request: Request, max_file_bytes: int) -> list[tuple[str, Document | UnreadableFile]]:
+async def _from_form(request: Request, max_file_bytes: int) -> AsyncGenerator[Loaded, None]:
     async with request.form(max_files=1000, max_fields=100) as form:
         metadata = _parse_metadata(form.get("metadata"))
         files = [one for one in form.getlist("files") if isinstance(one, UploadFile)]
         if not files:
             raise InvalidRequest("No file was sent. Send one or more in the form field 'files'.", param="files")
-        loaded: list[tuple[str, Document | UnreadableFile]] = []
+        num_loaded = 0
         for file in files:
             name = file.filename or "unnamed"
             # One byte over the limit is enough to see that it is over.
@@ -125,20 +142,44 @@ async def _from_form(request: Request, max_file_bytes: int) -> list[tuple[str, D
                 found = await asyncio.to_thread(
                     load_file, name, content, document_id=None, metadata=metadata, max_bytes=max_file_bytes
                 )
-                loaded += [(name, one) for one in found]
+                while (one := await asyncio.to_thread(next, found, None)) is not None:
+                    if num_loaded == MAX_DOCUMENTS_PER_REQUEST:
+                        raise TooLarge(
+                            f"{name}: from here on the request is over the limit of {MAX_DOCUMENTS_PER_REQUEST} "
+                            "documents: send the rest in another, or use `cleave ingest`"
+                        )
+                    num_loaded += 1
+                    yield name, one
             except (UnreadableFile, TooLarge) as error:
-                loaded.append((name, UnreadableFile(error.message)))
-        return loaded
+                yield name, UnreadableFile(error.message)
 
 
-def _from_json(body: bytes) -> list[tuple[str, Document | UnreadableFile]]:
+async def _from_json(documents: Sequence[DocumentBody]) -> AsyncGenerator[Loaded, None]:
+    for position, one in enumerate(documents):
+        yield one.id or f"documents[{position}]", await asyncio.to_thread(_from_body, one)
+
+
+def _parse(body: bytes) -> Sequence[DocumentBody]:
     try:
-        parsed = DocumentsBody.model_validate_json(body)
+        return DocumentsBody.model_validate_json(body).documents
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or None
         raise InvalidRequest(f"{f'{where}: ' if where else ''}{first['msg']}.", param=where) from None
-    return [(one.id or f"documents[{position}]", _from_body(one)) for position, one in enumerate(parsed.documents)]
+
+
+async def _groups(loaded: AsyncIterator[Loaded]) -> AsyncIterator[list[Loaded]]:
+    """Gather what is ingested together."""
+    group: list[Loaded] = []
+    num_characters = 0
+    async for name, one in loaded:
+        group.append((name, one))
+        num_characters += len(one.text) if isinstance(one, Document) else 0
+        if len(group) == MAX_DOCUMENTS_AT_ONCE or num_characters >= MAX_CHARACTERS_AT_ONCE:
+            yield group
+            group, num_characters = [], 0
+    if group:
+        yield group
 
 
 def _from_body(body: DocumentBody) -> Document | UnreadableFile:
@@ -163,9 +204,7 @@ def _parse_metadata(value: object) -> dict[str, Scalar]:
         ) from None
 
 
-def _results(
-    loaded: list[tuple[str, Document | UnreadableFile]], receipts: list[IngestReceipt]
-) -> list[dict[str, Any]]:
+def _results(loaded: Sequence[Loaded], receipts: Sequence[IngestReceipt]) -> list[dict[str, Any]]:
     """Merge what was ingested with what could not be read, in the order sent."""
     remaining = iter(receipts)
     results = []

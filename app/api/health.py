@@ -33,8 +33,10 @@ def health_router(services: Services) -> APIRouter:
             status, code = "not_ready", 503
         else:
             status, code = ("degraded" if "error" in llm else "ready"), 200
-        parts = {"parts": {"retriever": retriever, "llm": llm}} if verbose is not None or code != 200 else {}
-        return JSONResponse({"status": status, **parts}, code)
+        details: dict[str, Any] = {}
+        if verbose is not None or code != 200:
+            details = {"parts": {"retriever": retriever, "llm": llm}, "limits": services.settings.api.model_dump()}
+        return JSONResponse({"status": status, **details}, code)
 
     return router
 

@@ -1,7 +1,8 @@
 """The vector store: one interface, the embedded engine (`edge.py`) and a Qdrant server (`server.py`)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 from app.domain import Document, EncodedChunk, Filters, Passage, StoredDocument
 
@@ -9,15 +10,35 @@ Manifest = Mapping[str, str | int | float | bool | None]
 """What the collection was written with: encoder, chunker, sparse settings. Stamped when it is created."""
 
 
+Chunks: TypeAlias = Sequence[EncodedChunk] | AsyncIterable[Sequence[EncodedChunk]]
+"""All chunks of a document in order: at hand, or some at a time as they are made."""
+Vectors: TypeAlias = tuple[Sequence[float], Mapping[int, float]]
+"""The dense and the sparse vector of a chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A document as it stands: which write it comes from, and the vectors of some of its chunks, evenly spread."""
+
+    stored: StoredDocument
+    write: str
+    vectors: Sequence[Vectors]
+
+
 class Store(Protocol):
     """One collection of documents and their chunks.
 
-    A document is wholly in its old version or wholly in its new one, also after `kill -9`. Every method may be
-    called concurrently and none blocks the event loop.
+    A document is wholly in its old version or wholly in its new one, also after `kill -9`, and also while others
+    write or delete it: these happen one after the other. Every method may be called concurrently and none blocks the
+    event loop.
     """
 
-    async def put(self, document: Document, chunks: Sequence[EncodedChunk]) -> None:
-        """Write a document with all its chunks; an older version under the same id is gone afterwards."""
+    async def put(self, document: Document, chunks: Chunks) -> None:
+        """Write a document with all its chunks; an older version under the same id is gone afterwards.
+
+        No search finds any of them before the last one is there. Raises `WriteConflict` when others write the same
+        document faster than this call can.
+        """
         ...
 
     async def search(
@@ -45,8 +66,19 @@ class Store(Protocol):
         """One document and its whole text, or None."""
         ...
 
-    async def delete(self, document_id: str) -> bool:
-        """Remove a document and all its chunks in one operation; False when there was none."""
+    async def locate(self, document_id: str) -> Located | None:
+        """Say what a deletion has to remove, or None."""
+        ...
+
+    async def remove(self, document_id: str, writes: Collection[str]) -> None:
+        """Remove the record and the chunks of these writes of a document, in one operation."""
+        ...
+
+    async def find_leftovers(self, document_id: str, vectors: Sequence[Vectors]) -> Mapping[str, set[str]]:
+        """Look for chunks of a document that should be gone; give the writes they come from, per kind of query.
+
+        The kinds are those of `DeletionReceipt.checks`. Chunks of a version that stands now are none.
+        """
         ...
 
     async def counts(self) -> tuple[int, int]:

@@ -12,10 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from qdrant_edge import EdgeShard, FieldCondition, Filter, MatchAny, MatchValue,
 
 from app.domain import Document, EncodedChunk, Filters, Passage, StoredDocument
 from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
-from app.store import Manifest
+from app.store import Chunks, Located, Manifest, Vectors
 from app.store.payload import (
     DENSE,
     INTENT_ID,
@@ -36,15 +35,20 @@ from app.store.payload import (
     Payload,
     Point,
     best_passages,
+    chunk_id,
     chunk_ids,
     chunk_points,
+    current_writes,
     difference,
     intent_point,
     manifest_point,
-    next_revision,
+    new_token,
+    next_write,
+    pieces,
+    published,
     record_id,
     record_point,
-    split,
+    sampled_ids,
     stored_document,
     terms_of,
 )
@@ -58,6 +62,9 @@ INDEXING_THRESHOLD_KB = 50_000
 POINTS_PER_FLUSH = 1_000
 # The engine maps its files into memory: on a full disk it does not raise, the kernel ends the process (SIGBUS).
 RESERVED_BYTES = 128 * 2**20
+QUERIES_PER_CALL = 32
+"""So that a long deletion lets searches in between."""
+MAX_LEFTOVERS = 100_000
 
 # Builds the graph over new vectors and drops the remains of deleted ones. In a process of its own, because it can
 # take minutes, in which no other Python code of the process would run. It ends with its parent, whether by Ctrl-C or
@@ -102,21 +109,24 @@ class EdgeStore:
         self._shard = shard
         self._path = path
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edge-store")
-        self._writing = asyncio.Lock()
         self._num_unflushed = 0
 
-    async def put(self, document: Document, chunks: Sequence[EncodedChunk]) -> None:
+    async def put(self, document: Document, chunks: Chunks) -> None:
         """Write a document with all its chunks; an older version under the same id is gone afterwards."""
-        early, last = split(chunks)
-        async with self._writing:
-            previous = await self._run(_record, self._shard, document.id)
-            revision = next_revision(previous)
-            staged: list[str] = []
-            for piece in early:
-                staged += await self._run(self._stage, document, piece, revision)
-            record = record_point(document, len(chunks), revision)
-            stale = sorted({*chunk_ids(previous)} - {*chunk_ids(record.payload)}) if previous else []
-            await self._run(self._commit, record, partial(chunk_points, document, last, revision), staged, stale)
+        token = new_token()
+        staged: list[str] = []
+        last: Sequence[EncodedChunk] = ()
+        try:
+            # The last piece is written with the record, so that a short document is one operation.
+            async for piece in pieces(chunks):
+                staged += [chunk_id(document.id, token, encoded.chunk.index) for encoded in last]
+                if last:
+                    await self._run(self._write, chunk_points(document, last, token))
+                last = piece
+        except BaseException:
+            await self._run(self._drop, staged)
+            raise
+        await self._run(self._commit, document, last, token, staged)
 
     async def search(
         self,
@@ -137,13 +147,30 @@ class EdgeStore:
 
     async def document(self, document_id: str) -> tuple[StoredDocument, str] | None:
         """Give one document and its whole text, or None."""
-        record = await self._run(_record, self._shard, document_id)
+        record = await self._run(_read, self._shard, record_id(document_id))
         return (stored_document(record), record["text"]) if record else None
 
-    async def delete(self, document_id: str) -> bool:
-        """Remove a document and all its chunks in one operation; False when there was none."""
-        async with self._writing:
-            return await self._run(self._delete, document_id)
+    async def locate(self, document_id: str) -> Located | None:
+        """Say what a deletion has to remove, or None."""
+        return await self._run(self._locate, document_id)
+
+    async def remove(self, document_id: str, writes: Collection[str]) -> None:
+        """Remove the record and the chunks of these writes of a document, in one operation."""
+        await self._run(self._remove, document_id, writes)
+
+    async def find_leftovers(self, document_id: str, vectors: Sequence[Vectors]) -> Mapping[str, set[str]]:
+        """Look for chunks of a document that should be gone, by its id and by the vectors that they had."""
+        current = current_writes(await self._run(_record, self._shard, document_id))
+        of_document = _chunks_of(document_id, current)
+        found = {"filter": await self._run(self._scroll_writes, of_document)}
+        for name, position in ((DENSE, 0), (SPARSE, 1)):
+            queries = [pair[position] for pair in vectors if pair[position]]
+            found[name] = set()
+            for start in range(0, len(queries), QUERIES_PER_CALL):
+                some = queries[start : start + QUERIES_PER_CALL]
+                found[name] |= await self._run(self._query_writes, name, some, of_document)
+        current |= current_writes(await self._run(_record, self._shard, document_id))
+        return {check: writes - current for check, writes in found.items()}
 
     async def counts(self) -> tuple[int, int]:
         """Count documents and chunks."""
@@ -168,25 +195,26 @@ class EdgeStore:
             # The engine raises bare Exception and nothing else does.
             raise RetrieverUnavailable(f"The embedded store in {self._path} failed: {_first_line(error)}") from error
 
-    def _stage(self, document: Document, piece: Sequence[EncodedChunk], revision: int) -> list[str]:
-        """Write chunks that no search finds yet; give their ids."""
-        points = chunk_points(document, piece, revision, staged=True)
-        self._write(points)
-        return [point.id for point in points]
-
-    def _commit(
-        self, record: Point, last_chunks: Callable[[], list[Point]], staged: list[str], stale: list[str]
-    ) -> None:
+    def _commit(self, document: Document, last: Sequence[EncodedChunk], token: str, staged: list[str]) -> None:
         """Make a version the valid one. An operation is wholly in the write-ahead log or not at all.
 
         A new document is one operation. Else the intent makes sure that the rest is done, now or at the next start.
         """
-        points = [record, *last_chunks()]
+        _carry_out_intent(self._shard)
+        previous = _record(self._shard, document.id)
+        write = next_write(token, previous)
+        stale = chunk_ids(previous) if previous else []
+        record = record_point(document, len(staged) + len(last), write)
+        points = [record, *chunk_points(document, last, token, write.revision)]
         if not staged and not stale:
             self._write(points)
             return
-        self._write([*points, intent_point(staged, stale)])
-        _finish(self._shard, staged, stale)
+        self._write([*points, intent_point(staged, stale, write.revision)])
+        _carry_out_intent(self._shard)
+
+    def _drop(self, staged: Sequence[str]) -> None:
+        if staged:
+            self._shard.update(UpdateOperation.delete_points(list(staged)))
 
     def _write(self, points: Sequence[Point]) -> None:
         _require_space(self._path, RetrieverUnavailable)
@@ -231,12 +259,39 @@ class EdgeStore:
         records, _ = self._shard.scroll(request)
         return [stored_document(_payload(record)) for record in records if str(record.id) != start][:limit]
 
-    def _delete(self, document_id: str) -> bool:
+    def _locate(self, document_id: str) -> Located | None:
         record = _record(self._shard, document_id)
         if record is None:
-            return False
-        self._shard.update(UpdateOperation.delete_points([record_id(document_id), *chunk_ids(record)]))
-        return True
+            return None
+        chunks = self._shard.retrieve([*sampled_ids(record)], with_payload=False, with_vector=True)
+        return Located(stored_document(record), record["write"], [_vectors_of(chunk) for chunk in chunks])
+
+    def _remove(self, document_id: str, writes: Collection[str]) -> None:
+        of_writes = Filter(must=[_is("document_id", document_id), _any_of("write", list(writes))])
+        request = engine.ScrollRequest(filter=of_writes, limit=MAX_LEFTOVERS, with_payload=False)
+        found, _ = self._shard.scroll(request)
+        if found:
+            self._shard.update(UpdateOperation.delete_points([point.id for point in found]))
+
+    def _scroll_writes(self, matching: Filter) -> set[str]:
+        request = engine.ScrollRequest(
+            filter=matching, limit=MAX_LEFTOVERS, with_payload=engine.PayloadSelector.Include(["write"])
+        )
+        found, _ = self._shard.scroll(request)
+        return {_payload(point)["write"] for point in found}
+
+    def _query_writes(self, name: str, queries: Sequence[Any], matching: Filter) -> set[str]:
+        writes = set()
+        for query in queries:
+            vector = _sparse_vector(query) if name == SPARSE else query
+            request = engine.QueryRequest(
+                query=engine.Query.Nearest(vector, using=name),
+                filter=matching,
+                limit=1,
+                with_payload=engine.PayloadSelector.Include(["write"]),
+            )
+            writes |= {_payload(point)["write"] for point in self._shard.query(request)}
+        return writes
 
     def _counts(self) -> tuple[int, int]:
         return self._count("document"), self._count("chunk")
@@ -277,28 +332,32 @@ def _check_manifest(shard: EdgeShard, path: Path, manifest: Manifest) -> None:
 
 
 def _finish_writes(shard: EdgeShard) -> None:
-    """Complete the write that a kill cut short, or drop what it staged and never committed."""
-    intent = _read(shard, INTENT_ID)
-    if intent is not None:
-        _finish(shard, intent["staged"], intent["stale"])
-    request = engine.ScrollRequest(filter=Filter(must=[_is("kind", "staged")]), limit=100_000, with_payload=False)
-    left, _ = shard.scroll(request)
-    shard.update(UpdateOperation.delete_points([point.id for point in left]))
+    """Complete the write that a kill cut short, and drop what was staged and never committed."""
+    _carry_out_intent(shard)
+    request = engine.ScrollRequest(filter=Filter(must=[_is("kind", "staged")]), limit=MAX_LEFTOVERS, with_payload=False)
+    while left := shard.scroll(request)[0]:
+        shard.update(UpdateOperation.delete_points([point.id for point in left]))
 
 
-def _finish(shard: EdgeShard, staged: Sequence[str], stale: Sequence[str]) -> None:
+def _carry_out_intent(shard: EdgeShard) -> None:
     """Publish the staged chunks of a new version and remove those of the old one; done twice, it does the same.
 
     By id, not by a filter: after a kill the engine repeats operations on an index that may be ahead of them, so a
     filter would miss points that it met the first time.
     """
-    if staged:
-        shard.update(UpdateOperation.set_payload([*staged], {"kind": "chunk"}))
-    shard.update(UpdateOperation.delete_points([*stale, INTENT_ID]))
+    intent = _read(shard, INTENT_ID)
+    if intent is None:
+        return
+    if intent["staged"]:
+        shard.update(UpdateOperation.set_payload(intent["staged"], published(intent["revision"])))
+    shard.update(UpdateOperation.delete_points([*intent["stale"], INTENT_ID]))
 
 
 def _record(shard: EdgeShard, document_id: str) -> Payload | None:
-    return _read(shard, record_id(document_id))
+    """Read what stands for a document, without its text, which may be long."""
+    no_text = engine.PayloadSelector.Exclude(["text"])
+    found = shard.retrieve([record_id(document_id)], with_payload=no_text, with_vector=False)
+    return _payload(found[0]) if found else None
 
 
 def _read(shard: EdgeShard, point_id: str) -> Payload | None:
@@ -325,6 +384,18 @@ def _vectors(point: Point) -> dict[str, Any]:
 
 def _sparse_vector(weights: Mapping[int, float]) -> engine.SparseVector:
     return engine.SparseVector(indices=list(weights), values=list(weights.values()))
+
+
+def _vectors_of(chunk: engine.Record) -> Vectors:
+    vectors: Any = chunk.vector or {}
+    sparse = vectors.get(SPARSE)
+    return vectors[DENSE], dict(zip(sparse.indices, sparse.values, strict=True)) if sparse else {}
+
+
+def _chunks_of(document_id: str, current: Collection[str]) -> Filter:
+    """Match the chunks of a document but those of its current writes."""
+    chunks = [_is("kind", "chunk"), _is("document_id", document_id)]
+    return Filter(must=[*chunks], must_not=[_any_of("write", list(current))]) if current else Filter(must=[*chunks])
 
 
 def _is(field: str, value: str) -> FieldCondition:

@@ -1,20 +1,21 @@
 """What both engines write and read, in plain Python: points, their ids and payloads, and the order of a result.
 
 A document is one record point (its text, and what the store says of it) and one point per chunk. Each carries
-`document_id` and `revision`, the time of the write, which only rises for a document: so it is known of two versions
-which is the older.
+`document_id`, `write`, the token of the write that it comes from, and `revision`, the time of that write, which only
+rises for a document: so it is known of two versions which is the older. A chunk without a revision is staged: no
+search finds it.
 """
 
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from app.domain import Document, EncodedChunk, Filters, Metadata, Passage, Scalar, StoredDocument
 from app.fusion import fuse
-from app.store import Manifest
+from app.store import Chunks, Manifest
 
 Payload: TypeAlias = dict[str, Any]
 Hits: TypeAlias = Sequence[tuple[Payload, float]]
@@ -28,6 +29,8 @@ KEYWORD_FIELDS = ("kind", "document_id", "terms", "fields")
 MAX_FIELDS = 10_000
 MAX_CHUNKS_PER_OPERATION = 128
 """A longer document is staged piece by piece, so that no single call holds up the others."""
+MAX_SAMPLES = 256
+"""Chunks whose vectors are looked for after a deletion, evenly spread over the document."""
 MICROSECONDS = 1_000_000
 SCORE_DIGITS = 6
 
@@ -54,18 +57,50 @@ def record_id(document_id: str) -> str:
     return str(uuid.uuid5(_NAMESPACE, f"document\n{document_id}"))
 
 
-def chunk_id(document_id: str, version: str, index: int) -> str:
-    """Name a chunk point; chunks of another version have other ids and never overwrite these."""
-    return str(uuid.uuid5(_NAMESPACE, f"chunk\n{version}\n{index}\n{document_id}"))
+def chunk_id(document_id: str, write: str, index: int) -> str:
+    """Name a chunk point; chunks of another write have other ids and never overwrite these."""
+    return str(uuid.uuid5(_NAMESPACE, f"chunk\n{write}\n{index}\n{document_id}"))
 
 
 def chunk_ids(record: Payload) -> list[str]:
-    """Name all chunk points of the version that a record stands for."""
-    document_id, version = record["document_id"], record["content_hash"]
-    return [chunk_id(document_id, version, index) for index in range(record["num_chunks"])]
+    """Name all chunk points of the write that a record stands for."""
+    return [chunk_id(record["document_id"], record["write"], index) for index in range(record["num_chunks"])]
 
 
-def record_point(document: Document, num_chunks: int, revision: int) -> Point:
+def sampled_ids(record: Payload) -> list[str]:
+    """Name up to `MAX_SAMPLES` of them, evenly spread."""
+    ids = chunk_ids(record)
+    return ids[:: max(1, -(-len(ids) // MAX_SAMPLES))]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One write of a document: its own token, its time, and what it makes of the versions before it."""
+
+    token: str
+    revision: int
+    version: int
+    ingested_at: float
+
+
+def new_token() -> str:
+    """Name a write as no other is named, also not one of another process."""
+    return uuid.uuid4().hex
+
+
+def next_write(token: str, previous: Payload | None) -> Write:
+    """Say what a write becomes that follows the one of the record `previous`.
+
+    Its revision is now, but behind the previous one even if the clock was set back; in whole microseconds, because
+    the engine reads a fraction back with an error in its last digit.
+    """
+    now = int(time.time() * MICROSECONDS)
+    if previous is None:
+        return Write(token, now, 1, now / MICROSECONDS)
+    return Write(token, max(now, previous["revision"] + 1), previous["version"] + 1, previous["ingested_at"])
+
+
+def record_point(document: Document, num_chunks: int, write: Write) -> Point:
     """Make the point that stands for the whole document."""
     payload = {
         "kind": "document",
@@ -78,30 +113,31 @@ def record_point(document: Document, num_chunks: int, revision: int) -> Point:
         "content_hash": document.content_hash,
         "num_chunks": num_chunks,
         "num_characters": len(document.text),
-        "ingested_at": revision / MICROSECONDS,
-        "revision": revision,
+        "write": write.token,
+        "revision": write.revision,
+        "version": write.version,
+        "ingested_at": write.ingested_at,
     }
     return Point(record_id(document.id), payload)
 
 
 def chunk_points(
-    document: Document, chunks: Iterable[EncodedChunk], revision: int, *, staged: bool = False
+    document: Document, chunks: Iterable[EncodedChunk], token: str, revision: int | None = None
 ) -> list[Point]:
-    """Make the points of some chunks of a document; staged ones are not found until they are published."""
-    version = document.content_hash
+    """Make the points of some chunks of a document; without a revision they are staged."""
+    state = {"kind": "staged", "staged_at": int(time.time())} if revision is None else published(revision)
     shared = {
-        "kind": "staged" if staged else "chunk",
+        **state,
         "document_id": document.id,
-        "version": version,
+        "write": token,
         "title": document.title,
         "url": document.url,
         "metadata": dict(document.metadata),
         "terms": [term(field, value) for field, value in document.metadata.items()],
-        "revision": revision,
     }
     return [
         Point(
-            chunk_id(document.id, version, encoded.chunk.index),
+            chunk_id(document.id, token, encoded.chunk.index),
             {
                 **shared,
                 "index": encoded.chunk.index,
@@ -117,9 +153,14 @@ def chunk_points(
     ]
 
 
-def intent_point(staged: Sequence[str], stale: Sequence[str]) -> Point:
+def published(revision: int) -> Payload:
+    """Give the entries that make a staged chunk findable."""
+    return {"kind": "chunk", "revision": revision}
+
+
+def intent_point(staged: Sequence[str], stale: Sequence[str], revision: int) -> Point:
     """Make the note of what remains to do for a write: points to publish and points to remove, by id."""
-    return Point(INTENT_ID, {"kind": "intent", "staged": list(staged), "stale": list(stale)})
+    return Point(INTENT_ID, {"kind": "intent", "staged": list(staged), "stale": list(stale), "revision": revision})
 
 
 def manifest_point(manifest: Manifest) -> Point:
@@ -127,20 +168,20 @@ def manifest_point(manifest: Manifest) -> Point:
     return Point(MANIFEST_ID, {"kind": "manifest", "manifest": dict(manifest)})
 
 
-def split(chunks: Sequence[EncodedChunk]) -> tuple[list[Sequence[EncodedChunk]], Sequence[EncodedChunk]]:
-    """Cut a document's chunks into pieces to stage first and the last piece, which its record is written with."""
+async def pieces(chunks: Chunks) -> AsyncIterator[Sequence[EncodedChunk]]:
+    """Cut a document's chunks into runs that one operation takes."""
+    if isinstance(chunks, Sequence):
+        for piece in _runs(chunks):
+            yield piece
+        return
+    async for several in chunks:
+        for piece in _runs(several):
+            yield piece
+
+
+def _runs(chunks: Sequence[EncodedChunk]) -> Iterator[Sequence[EncodedChunk]]:
     size = MAX_CHUNKS_PER_OPERATION
-    *early, last = [chunks[start : start + size] for start in range(0, len(chunks), size)] or [()]
-    return early, last
-
-
-def next_revision(previous: Payload | None) -> int:
-    """Give the time of a write: now, but behind the document's previous one even if the clock was set back.
-
-    In whole microseconds, because the engine reads a fraction back with an error in its last digit.
-    """
-    now = int(time.time() * MICROSECONDS)
-    return max(now, previous["revision"] + 1) if previous else now
+    return (chunks[start : start + size] for start in range(0, len(chunks), size))
 
 
 def term(field: str, value: Scalar) -> str:
@@ -171,8 +212,15 @@ def stored_document(payload: Payload) -> StoredDocument:
         num_chunks=payload["num_chunks"],
         num_characters=payload["num_characters"],
         content_hash=payload["content_hash"],
+        version=payload["version"],
         ingested_at=payload["ingested_at"],
+        updated_at=payload["revision"] / MICROSECONDS,
     )
+
+
+def current_writes(record: Payload | None) -> set[str]:
+    """Name the writes that chunks which are found may come from: the record's, and until that is done the previous."""
+    return {record["write"], record.get("replaces", "")} if record else set()
 
 
 def passage(payload: Payload, score: float, similarity: float | None = None) -> Passage:

@@ -1,23 +1,27 @@
 """The store on a Qdrant server, for a collection that several processes share; `:memory:` is for tests.
 
-Same points, filters and fusion as the embedded store. One request makes a new version valid and removes the older
-one; a search that falls in between keeps the newer.
+Same points, filters and fusion as the embedded store. A write first stages its chunks, which no search finds. Then it
+puts its record in the place of the one it has read, if that is still there: of several processes that write the same
+document one after the other succeeds, each on top of the one before. What then remains, to publish the new chunks and
+to remove those of the replaced write, is one request. The record says that it is pending until this is done, and
+whoever meets it meanwhile completes it: to do it twice is to do it once. So a kill leaves nothing half done.
 """
 
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
-from app.domain import Document, EncodedChunk, Filters, Passage, StoredDocument
-from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
-from app.store import Manifest
+from app.domain import Document, Filters, Passage, StoredDocument
+from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable, WriteConflict
+from app.store import Chunks, Located, Manifest, Vectors
 from app.store.payload import (
     DENSE,
     KEYWORD_FIELDS,
@@ -29,12 +33,16 @@ from app.store.payload import (
     Point,
     best_passages,
     chunk_points,
+    current_writes,
     difference,
     manifest_point,
-    next_revision,
+    new_token,
+    next_write,
+    pieces,
+    published,
     record_id,
     record_point,
-    split,
+    sampled_ids,
     stored_document,
     terms_of,
 )
@@ -44,6 +52,12 @@ OLDEST_VERSION = (1, 17)
 """An older server ignores `update_mode`, by which one of many processes stamps a new collection."""
 TIMEOUT_S = 30
 RETRY_AFTER_S = 5
+MAX_TRIES = 100
+"""Of a write that others get ahead of each time: as many may write the same document at once."""
+STAGED_LIFETIME_S = 24 * 3600
+"""What a process that was killed has staged is removed after this, when the collection is next opened."""
+QUERIES_PER_REQUEST = 64
+PAGE_SIZE = 1_000
 
 # Too many requests are no `ApiException`, and a page that is no JSON comes as the parser's own error.
 _CLIENT_ERRORS = (ApiException, QdrantException, json.JSONDecodeError)
@@ -62,12 +76,14 @@ async def open_server_store(
         if url != IN_MEMORY:
             await _index_payload(client, collection)
         await _check_manifest(client, collection, manifest)
+        store = ServerStore(client, collection)
+        await store.finish_writes()
     except BaseException as error:
         await client.close()
         if isinstance(error, _CLIENT_ERRORS):
             raise ConfigurationError(_unusable(url, error)) from error
         raise
-    return ServerStore(client, collection)
+    return store
 
 
 class ServerStore:
@@ -76,24 +92,23 @@ class ServerStore:
     def __init__(self, client: AsyncQdrantClient, collection: str) -> None:
         self._client = client
         self._collection = collection
-        self._writing = asyncio.Lock()
 
-    async def put(self, document: Document, chunks: Sequence[EncodedChunk]) -> None:
+    async def put(self, document: Document, chunks: Chunks) -> None:
         """Write a document with all its chunks; an older version under the same id is gone afterwards."""
-        early, last = split(chunks)
-        async with self._writing, _translated():
-            revision = next_revision(await self._record(document.id))
-            for piece in early:
-                staged = chunk_points(document, piece, revision, staged=True)
-                await self._client.upsert(self._collection, _structs(staged))
-            points = [record_point(document, len(chunks), revision), *chunk_points(document, last, revision)]
-            await self._client.batch_update_points(
-                self._collection,
-                [
-                    models.UpsertOperation(upsert=models.PointsList(points=_structs(points))),
-                    *_publishing(document.id, revision),
-                ],
-            )
+        token = new_token()
+        num_chunks = 0
+        try:
+            async for piece in pieces(chunks):
+                async with _translated():
+                    await self._client.upsert(self._collection, _structs(chunk_points(document, piece, token)))
+                num_chunks += len(piece)
+        except BaseException:
+            with suppress(*_CLIENT_ERRORS):
+                await self._drop(document.id, token)
+            raise
+        async with _translated():
+            # A caller that leaves does not leave it half done.
+            await asyncio.shield(self._commit(document, token, num_chunks))
 
     async def search(
         self,
@@ -136,17 +151,42 @@ class ServerStore:
     async def document(self, document_id: str) -> tuple[StoredDocument, str] | None:
         """Give one document and its whole text, or None."""
         async with _translated():
-            record = await self._record(document_id)
+            record = await self._settled_record(document_id, with_text=True)
         return (stored_document(record), record["text"]) if record else None
 
-    async def delete(self, document_id: str) -> bool:
-        """Remove a document and all its chunks in one operation; False when there was none."""
-        async with self._writing, _translated():
-            if await self._record(document_id) is None:
-                return False
-            everything = models.Filter(must=[_is("document_id", document_id)])
-            await self._client.delete(self._collection, models.FilterSelector(filter=everything))
-            return True
+    async def locate(self, document_id: str) -> Located | None:
+        """Say what a deletion has to remove, or None."""
+        async with _translated():
+            record = await self._settled_record(document_id)
+            if record is None:
+                return None
+            ids = sampled_ids(record)
+            chunks = await self._client.retrieve(self._collection, ids, with_payload=False, with_vectors=True)
+        return Located(stored_document(record), record["write"], [_vectors_of(chunk) for chunk in chunks])
+
+    async def remove(self, document_id: str, writes: Collection[str]) -> None:
+        """Remove the record and the chunks of these writes of a document, in one operation."""
+        of_writes = models.Filter(must=[_is("document_id", document_id), _any_of("write", list(writes))])
+        async with _translated():
+            await self._client.delete(self._collection, models.FilterSelector(filter=of_writes))
+
+    async def find_leftovers(self, document_id: str, vectors: Sequence[Vectors]) -> Mapping[str, set[str]]:
+        """Look for chunks of a document that should be gone, by its id and by the vectors that they had."""
+        async with _translated():
+            current = current_writes(await self._record(document_id))
+            of_document = _chunks_of(document_id, current)
+            points, _ = await self._client.scroll(
+                self._collection, scroll_filter=of_document, limit=PAGE_SIZE, with_payload=["write"]
+            )
+            found = {
+                "filter": _writes(points),
+                DENSE: await self._query_writes(DENSE, [list(dense) for dense, _ in vectors], of_document),
+                SPARSE: await self._query_writes(
+                    SPARSE, [_sparse_vector(terms) for _, terms in vectors if terms], of_document
+                ),
+            }
+            current |= current_writes(await self._record(document_id))
+        return {check: writes - current for check, writes in found.items()}
 
     async def counts(self) -> tuple[int, int]:
         """Count documents and chunks."""
@@ -163,9 +203,94 @@ class ServerStore:
         """Close the connections."""
         await self._client.close()
 
-    async def _record(self, document_id: str) -> Payload | None:
-        found = await self._client.retrieve(self._collection, [record_id(document_id)])
+    async def finish_writes(self) -> None:
+        """Complete the writes that a kill cut short, and remove what was staged long ago and never committed."""
+        pending = models.Filter(must=[_is("state", "pending")])
+        while records := (await self._client.scroll(self._collection, scroll_filter=pending, limit=PAGE_SIZE))[0]:
+            for record in records:
+                await self._settle(record.payload or {})
+        long_ago = models.Range(lt=time.time() - STAGED_LIFETIME_S)
+        forgotten = [_is("kind", "staged"), models.FieldCondition(key="staged_at", range=long_ago)]
+        await self._client.delete(self._collection, models.FilterSelector(filter=models.Filter(must=forgotten)))
+
+    async def _commit(self, document: Document, token: str, num_chunks: int) -> None:
+        """Put the record in the place of the one that stands there now, and do what it then asks for."""
+        for _ in range(MAX_TRIES):
+            previous = await self._settled_record(document.id)
+            record = record_point(document, num_chunks, next_write(token, previous))
+            record.payload["replaces"] = previous["write"] if previous else ""
+            record.payload["state"] = "pending"
+            await self._place(record, previous)
+            stored = await self._record(document.id)
+            if stored is not None and stored["write"] == token:
+                await self._settle(stored)
+                return
+            # Others were faster, or they have already completed this write and replaced or deleted it.
+            if await self._count_staged(document.id, token) < num_chunks:
+                return
+        await self._drop(document.id, token)
+        raise WriteConflict(f"Others write the document {document.id!r} at the same time; send it again.")
+
+    async def _place(self, record: Point, previous: Payload | None) -> None:
+        """Write a record if `previous` is still what stands there."""
+        if previous is None:
+            await self._client.upsert(self._collection, _structs([record]), update_mode=models.UpdateMode.INSERT_ONLY)
+            return
+        unchanged = [models.HasIdCondition(has_id=[record.id]), _is("write", previous["write"])]
+        await self._client.overwrite_payload(self._collection, record.payload, models.Filter(must=unchanged))
+
+    async def _settle(self, record: Payload) -> None:
+        """Complete a write: publish its chunks and remove those of the write that it replaces.
+
+        Filters name writes, so that one who comes late, when the next write is done already, meets nothing.
+        """
+        document_id, token = record["document_id"], record["write"]
+        of_document, of_write = _is("document_id", document_id), _is("write", token)
+        staged = models.Filter(must=[of_document, of_write, _is("kind", "staged")])
+        replaced = models.Filter(must=[of_document, _is("write", record["replaces"]), _is("kind", "chunk")])
+        own_record = models.Filter(must=[of_document, of_write, _is("kind", "document")])
+        await self._client.batch_update_points(
+            self._collection,
+            [
+                _set_payload(published(record["revision"]), staged),
+                models.DeleteOperation(delete=models.FilterSelector(filter=replaced)),
+                _set_payload({"state": "done"}, own_record),
+            ],
+        )
+
+    async def _settled_record(self, document_id: str, *, with_text: bool = False) -> Payload | None:
+        """Read a record, and complete its write if that is still pending."""
+        record = await self._record(document_id, with_text=with_text)
+        if record is not None and record["state"] == "pending":
+            await self._settle(record)
+        return record
+
+    async def _record(self, document_id: str, *, with_text: bool = False) -> Payload | None:
+        selected = True if with_text else models.PayloadSelectorExclude(exclude=["text"])
+        found = await self._client.retrieve(self._collection, [record_id(document_id)], with_payload=selected)
         return found[0].payload if found else None
+
+    async def _drop(self, document_id: str, token: str) -> None:
+        staged = models.Filter(must=_staged(document_id, token))
+        await self._client.delete(self._collection, models.FilterSelector(filter=staged))
+
+    async def _count_staged(self, document_id: str, token: str) -> int:
+        staged = models.Filter(must=_staged(document_id, token))
+        return (await self._client.count(self._collection, count_filter=staged, exact=True)).count
+
+    async def _query_writes(
+        self, name: str, queries: Sequence[list[float] | models.SparseVector], matching: models.Filter
+    ) -> set[str]:
+        requests = [
+            models.QueryRequest(query=query, using=name, filter=matching, limit=1, with_payload=["write"])
+            for query in queries
+        ]
+        writes: set[str] = set()
+        for start in range(0, len(requests), QUERIES_PER_REQUEST):
+            some = requests[start : start + QUERIES_PER_REQUEST]
+            for answer in await self._client.query_batch_points(self._collection, some):
+                writes |= _writes(answer.points)
+        return writes
 
     async def _count(self, kind: str) -> int:
         matching = models.Filter(must=[_is("kind", kind)])
@@ -195,9 +320,8 @@ async def _create(client: AsyncQdrantClient, collection: str, dimension: int) ->
 
 async def _index_payload(client: AsyncQdrantClient, collection: str) -> None:
     """Index the fields that filters name; one that is indexed stays as it is."""
-    for field in KEYWORD_FIELDS:
+    for field in (*KEYWORD_FIELDS, "state"):
         await client.create_payload_index(collection, field, models.PayloadSchemaType.KEYWORD)
-    await client.create_payload_index(collection, "revision", models.PayloadSchemaType.INTEGER)
 
 
 async def _check_manifest(client: AsyncQdrantClient, collection: str, manifest: Manifest) -> None:
@@ -217,18 +341,28 @@ async def _check_manifest(client: AsyncQdrantClient, collection: str, manifest: 
         )
 
 
-def _publishing(document_id: str, revision: int) -> list[models.UpdateOperation]:
-    """Make a version's staged chunks findable and remove all that is older."""
-    of_document = _is("document_id", document_id)
-    this_write = models.Range(gte=revision, lte=revision)
-    staged = [of_document, _is("kind", "staged"), models.FieldCondition(key="revision", range=this_write)]
-    older = [of_document, models.FieldCondition(key="revision", range=models.Range(lt=revision))]
-    return [
-        models.SetPayloadOperation(
-            set_payload=models.SetPayload(payload={"kind": "chunk"}, filter=models.Filter(must=staged))
-        ),
-        models.DeleteOperation(delete=models.FilterSelector(filter=models.Filter(must=older))),
-    ]
+def _set_payload(payload: Payload, matching: models.Filter) -> models.SetPayloadOperation:
+    return models.SetPayloadOperation(set_payload=models.SetPayload(payload=payload, filter=matching))
+
+
+def _staged(document_id: str, token: str) -> list[models.Condition]:
+    return [_is("document_id", document_id), _is("write", token), _is("kind", "staged")]
+
+
+def _chunks_of(document_id: str, current: Collection[str]) -> models.Filter:
+    """Match the chunks of a document but those of its current writes."""
+    must_not: list[models.Condition] = [_any_of("write", list(current))] if current else []
+    return models.Filter(must=[_is("kind", "chunk"), _is("document_id", document_id)], must_not=must_not)
+
+
+def _writes(points: Iterable[models.Record | models.ScoredPoint]) -> set[str]:
+    return {(point.payload or {})["write"] for point in points}
+
+
+def _vectors_of(chunk: models.Record) -> Vectors:
+    vectors: Any = chunk.vector or {}
+    sparse = vectors.get(SPARSE)
+    return vectors[DENSE], dict(zip(sparse.indices, sparse.values, strict=True)) if sparse else {}
 
 
 def _structs(points: Iterable[Point]) -> list[models.PointStruct]:

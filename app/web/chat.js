@@ -37,6 +37,7 @@ const DEGRADED = {
   llm_timeout: "the language model was too slow",
   llm_failed: "the language model failed on the way",
   history_trimmed: "the beginning of the conversation no longer fits",
+  reranking_skipped: "the passages could not be reranked in time",
 };
 
 // --------------------------------------------------------------------------------------------------- DOM
