@@ -21,21 +21,24 @@ from app.domain import (
     Refusal,
     SamplingParams,
     SearchQuery,
+    SearchResult,
 )
 from app.errors import DeadlineExceeded, LLMUnavailable, Unavailable
 from app.gate import Gate
 from app.grounding import is_supported
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
-from app.planning import plan_query
+from app.planning import Plan, RewritingFailed, plan_query, rewrite_question
 from app.prompts import CITING_INSTRUCTIONS, PLAIN_INSTRUCTIONS
 from app.retrieval import Retriever
-from app.settings import AnswerSettings
+from app.self_query import describe
+from app.settings import AnswerSettings, PlanningSettings
 from app.telemetry import Stopwatch, logger
 
 REFUSAL = "The documents do not hold an answer to this question."
-NEAR_MISS = f"{REFUSAL} The sources come closest."
-NO_MATCH = "No document matches the filters of this request."
+NEAR_MISS = "The sources come closest."
+REWRITING_SHARE = 0.25
+"""Of the request's time: what making a follow-up stand alone may take."""
 RETRIEVAL_SHARE = 0.5
 """Of the request's time: what retrieval may take, so that an answer can still be made."""
 QUOTING_RESERVE = 0.1
@@ -57,6 +60,7 @@ class ChatRequest:
     top_k: int
     timeout_s: float
     filters: Filters = field(default_factory=dict)
+    recognise_filters: bool = False
     use_documents: bool = True
 
 
@@ -67,6 +71,8 @@ class AnswerStart:
     sources: tuple[Passage, ...]
     query: str
     degraded: tuple[str, ...] = ()
+    recognised_filters: Filters = field(default_factory=dict)
+    notice: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +106,21 @@ AnswerEvent: TypeAlias = AnswerStart | AnswerText | AnswerEnd
 class ChatService:
     """Answers questions from the documents of a retriever with the words of an LLM."""
 
-    def __init__(self, retriever: Retriever, llm: LLM, *, grounding: Grounding, settings: AnswerSettings) -> None:
+    def __init__(
+        self,
+        retriever: Retriever,
+        llm: LLM,
+        *,
+        grounding: Grounding,
+        settings: AnswerSettings,
+        planning: PlanningSettings | None = None,
+    ) -> None:
         self._retriever = retriever
         self._llm = llm
         self._fallback = ExtractiveEngine()
         self._grounding = grounding
         self._settings = settings
+        self._planning = planning or PlanningSettings()
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Yield an `AnswerStart`, the text in pieces, and an `AnswerEnd`.
@@ -118,11 +133,13 @@ class ChatService:
             RetrieverUnavailable, LLMUnavailable, DeadlineExceeded.
         """
         run = _Run(request, plan_query(request.messages))
-        passages = await self._retrieve(run) if request.use_documents else ()
-        refusal = self._refusal(run, passages) if request.use_documents else None
+        found = await self._retrieve(run) if request.use_documents else SearchResult(())
+        passages = found.passages
+        start = AnswerStart(passages, run.query, tuple(run.degraded), found.recognised_filters, found.notice)
+        refusal = self._refusal(run, found) if request.use_documents else None
         if refusal:
-            yield AnswerStart(passages, run.query, tuple(run.degraded))
-            yield AnswerText(_in_words(refusal))
+            yield start
+            yield AnswerText(_in_words(refusal, found))
             yield run.end(grounded="refused", refusal=refusal)
             return
         engines = (self._llm, self._fallback)
@@ -134,7 +151,7 @@ class ChatService:
             is_llm_required=self._settings.without_llm == "error",
         )
         async with first_delta as deltas:
-            yield AnswerStart(passages, run.query, tuple(run.degraded))
+            yield replace(start, degraded=tuple(run.degraded))
             text = ""
             async with aclosing(self._checked(run, deltas, generation.passages)) as pieces:
                 async for piece in pieces:
@@ -144,7 +161,8 @@ class ChatService:
         citations = [one for one in find_citations(text) if 1 <= one.n <= len(generation.passages)]
         yield run.end(grounded=run.grounded, citations=citations)
 
-    async def _retrieve(self, run: "_Run") -> tuple[Passage, ...]:
+    async def _retrieve(self, run: "_Run") -> SearchResult:
+        await self._make_standalone(run)
         timeout_s = RETRIEVAL_SHARE * run.request.timeout_s
         query = SearchQuery(
             run.query,
@@ -152,23 +170,40 @@ class ChatService:
             run.request.filters,
             num_scored=self._settings.num_passages,
             timeout_s=timeout_s,
+            context=run.plan.context,
+            recognise_filters=run.request.recognise_filters,
         )
         with run.watch.stage("retrieve"):
             found = await run.within(timeout_s, self._retriever.search(query), "retrieval")
         for reason in found.degraded:
             run.degrade(reason)
         run.watch.timings_ms |= {f"retrieve.{stage}": duration for stage, duration in found.timings_ms.items()}
-        return found.passages
+        return found
 
-    def _refusal(self, run: "_Run", passages: tuple[Passage, ...]) -> Refusal | None:
-        if not passages:
-            return Refusal("no_match" if run.request.filters else "off_topic")
+    async def _make_standalone(self, run: "_Run") -> None:
+        """Have a follow-up rewritten by a model that can; else the earlier questions count lightly."""
+        if self._planning.rewrite != "always" or not run.plan.may_depend:
+            return
+        timeout_s = min(self._planning.rewrite_timeout_s, REWRITING_SHARE * run.request.timeout_s)
+        request = run.request
+        try:
+            with run.watch.stage("rewrite"):
+                question = await rewrite_question(
+                    request.messages, self._llm, request_id=request.request_id, timeout_s=timeout_s
+                )
+            run.plan = Plan(question)
+        except RewritingFailed as error:
+            run.degrade("rewriting_skipped", str(error))
+
+    def _refusal(self, run: "_Run", found: SearchResult) -> Refusal | None:
+        if not found.passages:
+            return Refusal("no_match" if found.notice else "off_topic")
         if self._grounding == "off":
             return None
-        found = assess(run.query, passages)
-        if found.score >= self._settings.min_evidence:
+        judged = assess(run.query, found.passages)
+        if judged.score >= self._settings.min_evidence:
             return None
-        return Refusal("off_topic" if found.is_off_topic else "not_in_passages", found.score, found.missing)
+        return Refusal("off_topic" if judged.is_off_topic else "not_in_passages", judged.score, judged.missing)
 
     def _generation(self, request: ChatRequest, passages: tuple[Passage, ...]) -> GenerationRequest:
         instructions, sampling = CITING_INSTRUCTIONS, request.sampling
@@ -241,12 +276,27 @@ class ChatService:
             run.grounded = "flagged" if run.unsupported else "model"
 
 
+def _in_words(refusal: Refusal, found: SearchResult) -> str:
+    """Word a refusal: what the question itself narrowed the search to is said, and what no source mentions."""
+    if found.notice:
+        return found.notice
+    said = REFUSAL
+    if found.recognised_filters:
+        named = describe(found.recognised_filters)
+        said = f"The documents with {named}, which the question names, do not hold an answer to it."
+    if refusal.reason == "not_in_passages":
+        said += f" {NEAR_MISS}"
+        if refusal.missing:
+            said += f" None of them mentions {', '.join(refusal.missing)}."
+    return said
+
+
 class _Run:
     """The state of one answer: its deadline, its timings, and what is said of it at the end."""
 
-    def __init__(self, request: ChatRequest, query: str) -> None:
+    def __init__(self, request: ChatRequest, plan: Plan) -> None:
         self.request = request
-        self.query = query
+        self.plan = plan
         self.watch = Stopwatch()
         self.degraded: list[str] = []
         self.grounded: Grounded = "unchecked"
@@ -256,6 +306,11 @@ class _Run:
         self.first = Delta("")
         self._last = Delta("")
         self._started = asyncio.get_running_loop().time()
+
+    @property
+    def query(self) -> str:
+        """What is searched for."""
+        return self.plan.question
 
     def degrade(self, reason: str, why: str = "") -> None:
         """Name something that the answer had to do without; `why` is for the log."""
@@ -341,12 +396,3 @@ class _Run:
             return await self.within(seconds, anext(stream), "the answer")
         except StopAsyncIteration:
             raise LLMUnavailable("The language model's stream ended before its answer did.") from None
-
-
-def _in_words(refusal: Refusal) -> str:
-    if refusal.reason == "no_match":
-        return NO_MATCH
-    if refusal.reason == "off_topic":
-        return REFUSAL
-    missing = ", ".join(refusal.missing)
-    return f"{NEAR_MISS} None of them mentions {missing}." if missing else NEAR_MISS

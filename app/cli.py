@@ -29,6 +29,7 @@ from typer.exceptions import TyperException
 
 from app.domain import Scalar
 from app.errors import CleaveError, ConfigurationError, InvalidRequest, Unavailable
+from app.self_query import describe
 
 if TYPE_CHECKING:
     # Imported where it is used: httpx and what it brings would double the time of `cleave --help`.
@@ -58,6 +59,7 @@ DEGRADED = {
     "llm_failed": "the language model broke off",
     "history_trimmed": "the oldest messages did not fit",
     "reranking_skipped": "the passages could not be reranked in time",
+    "rewriting_skipped": "the question was searched for as it is",
 }
 """What an answer had to do without, by `rag.degraded`."""
 
@@ -336,6 +338,7 @@ async def _stream_answer(client: "Client", question: str, options: Mapping[str, 
         if first_word_s is not None:
             typer.echo()
     _print_sources(rag)
+    _print_recognised(rag)
     tokens = f"{usage.get('completion_tokens', 0)} tokens"
     times = f"{first_word_s or 0:.1f} s to the first word, {time.monotonic() - started:.1f} s in all"
     _console().print(Text(" · ".join([*_describe_answer(rag), times, tokens]), "dim"), soft_wrap=True)
@@ -356,6 +359,12 @@ def _print_sources(rag: "Record") -> None:
         console.print(Text(_printable(line), style), soft_wrap=True)
     if sources:
         console.print()
+
+
+def _print_recognised(found: "Record") -> None:
+    """Say what the question was taken to ask for, since that narrows what is found."""
+    if recognised := found.get("recognised_filters"):
+        _console().print(Text(_printable(f"Only documents with {describe(recognised)}, named in the question."), "dim"))
 
 
 def _describe_answer(rag: "Record") -> list[str]:
@@ -380,7 +389,8 @@ def search(
 ) -> None:
     """Find passages, without an answer."""
     filters = _filters(author, filter_options)
-    found = _call(url, lambda client: client.search(query, top_k=top_k, filters=filters))
+    body = _call(url, lambda client: client.search(query, top_k=top_k, filters=filters))
+    found = body["data"]
     if as_json:
         _print_json(found)
         return
@@ -390,7 +400,8 @@ def search(
         shortened = passage if len(passage) <= PASSAGE_LENGTH else f"{passage[:PASSAGE_LENGTH].rstrip()} …"
         documents = ", ".join([source["document_id"], *source["also_in"]])
         table.add_row(*map(_printable, (str(source["n"]), source["title"], shortened, documents)))
-    _console().print(table if found else "Nothing found.")
+    _console().print(table if found else Text(_printable(body.get("notice") or "Nothing found.")), soft_wrap=not found)
+    _print_recognised(body)
 
 
 @documents.callback()

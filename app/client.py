@@ -98,10 +98,10 @@ class Client:
                     yield chunk
         raise ServiceError("The answer broke off before its end. Ask again; the service's log may say why.")
 
-    async def search(self, query: str, *, top_k: int | None, filters: Filters) -> list[Record]:
-        """Find passages, best first."""
+    async def search(self, query: str, *, top_k: int | None, filters: Filters) -> Record:
+        """Find passages; the best stands first in `data`."""
         body = {"query": query, "top_k": top_k, "filters": filters}
-        return _data(await self._request("POST", "/v1/search", json=body))
+        return await self._request("POST", "/v1/search", json=body)
 
     async def upload(self, files: Sequence[tuple[str, bytes]]) -> list[Record]:
         """Send files; each becomes a document under the name it is given here. One receipt per document."""

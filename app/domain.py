@@ -171,6 +171,10 @@ class SearchQuery:
     filters: Filters = field(default_factory=dict)
     num_scored: int = 0
     timeout_s: float = math.inf
+    context: tuple[str, ...] = ()
+    """The user's earlier questions, newest first; they count lightly."""
+    recognise_filters: bool = False
+    """Also filter by authors and other metadata values that `text` names, in fields that `filters` leaves open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +184,10 @@ class SearchResult:
     passages: tuple[Passage, ...]
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     degraded: tuple[str, ...] = ()
+    recognised_filters: Filters = field(default_factory=dict)
+    """What was read from the question and filtered by."""
+    notice: str | None = None
+    """Why the filters match no document, for the reader; None where they match or there are none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,15 @@ CITING_INSTRUCTIONS = (
 PLAIN_INSTRUCTIONS = "Answer the question with one short sentence from the passages."
 """For gated answers. The gate adds the markers; a small model answers 12 points better when asked for less."""
 
+REWRITING_INSTRUCTIONS = (
+    "You rewrite the last message of a conversation as one search question that can be understood without the "
+    "conversation. Replace pronouns and references by what they stand for, add nothing else, and do not answer it. "
+    "If it already stands alone, repeat it. Write only the question."
+)
+MAX_REWRITING_TURNS = 6
+MAX_TURN_CHARACTERS = 500
+"""Of one turn in that prompt: what a follow-up refers to stands at the beginning of an answer."""
+
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
 Render = Callable[[Sequence[Message]], list[int]]
@@ -101,6 +110,14 @@ def compose(request: GenerationRequest, *, num_kept: int, num_dropped: int = 0) 
         return _system(system) + turns
     question = Message(turns[-1].role, f"{_numbered(request.passages[:num_kept])}\n\nQuestion: {turns[-1].content}")
     return [*_system([request.instructions, *system]), *turns[:-1], question]
+
+
+def rewriting_messages(messages: Sequence[Message]) -> list[Message]:
+    """Build the chat that asks for a standalone question; the last message is the one to rewrite."""
+    turns = [message for message in messages[:-1] if message.role != "system"][-MAX_REWRITING_TURNS:]
+    conversation = "\n".join(f"{turn.role.title()}: {turn.content[:MAX_TURN_CHARACTERS]}" for turn in turns)
+    asked = f"Conversation:\n{conversation}\n\nLast message: {messages[-1].content}\n\nSearch question:"
+    return [Message("system", REWRITING_INSTRUCTIONS), Message("user", asked)]
 
 
 def _system(parts: Sequence[str]) -> list[Message]:

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from app import sparse
 from app.chunking import sentences
 from app.deletion import delete
 from app.domain import (
     DeletionReceipt,
     Document,
+    Filters,
     IngestReceipt,
     Passage,
     RetrieverInfo,
@@ -22,8 +22,10 @@ from app.domain import (
 from app.embedding import Embedder, Vectors
 from app.errors import DocumentNotFound, UnknownFilter
 from app.ingestion import Ingestor
+from app.query_encoding import encode_query
 from app.reranking import Reranker
 from app.selection import POOL_FACTOR, choose, without_duplicates
+from app.self_query import MetadataIndex
 from app.settings import RetrievalSettings
 from app.store import Store
 from app.telemetry import Stopwatch
@@ -32,6 +34,9 @@ MAX_CACHED_PASSAGES = 4096
 """Sentence vectors kept: about 10 kB a passage; the oldest go first."""
 RERANKING_SHARE = 0.5
 """Of the search's time: what reranking may take, so that the sentences can still be scored."""
+
+MAX_METADATA_AGE_S = 30.0
+"""What this process writes is known at once."""
 
 
 class Retriever(Protocol):
@@ -87,36 +92,49 @@ class LocalRetriever:
         self._settings = settings
         self._collection = collection
         self._reranker = reranker
+        self._metadata_index = MetadataIndex({})
+        self._metadata_expires = 0.0
+        self._metadata_writes = -1
+        self._num_writes = 0
+        self._reading_metadata = asyncio.Lock()
         self._sentence_vectors: dict[str, tuple[list[str], Vectors]] = {}
 
     async def search(self, query: SearchQuery) -> SearchResult:
         """Embed the question, search and fuse both lists, rerank, choose passages, score the best ones' sentences."""
         watch = Stopwatch()
         await self._check_filters(query)
+        recognised, text = await self._recognise(query)
+        filters = {**query.filters, **recognised}
         with watch.stage("embed"):
-            question = (await self._embedder.embed([query.text]))[0]
+            vectors = await self._embedder.embed([text, *query.context])
+        question, terms = encode_query(text, query.context, vectors)
         num_pooled = POOL_FACTOR * query.top_k
         if self._reranker is not None:
             num_pooled = max(num_pooled, self._reranker.num_candidates)
         with watch.stage("search"):
             pool = await self._store.search(
                 question.tolist(),
-                sparse.encode_query(query.text),
-                filters=query.filters,
+                terms,
+                filters=filters,
                 limit=num_pooled,
                 num_candidates=max(self._settings.num_candidates, query.top_k),
                 weights=(self._settings.dense_weight, self._settings.sparse_weight),
             )
             pool = await asyncio.to_thread(without_duplicates, pool)
-        ranked, degraded = await self._reranked(query, pool, watch)
+        ranked, degraded = await self._reranked(text, query.timeout_s, pool, watch)
         passages = choose(ranked, query.top_k)
         with watch.stage("score_sentences"):
             scored = await self._with_sentences(passages[: query.num_scored], question)
-        return SearchResult((*scored, *passages[query.num_scored :]), watch.timings_ms, degraded)
+        notice = None if passages or not filters else (await self._metadata()).explain(filters, recognised)
+        found = (*scored, *passages[query.num_scored :])
+        return SearchResult(found, watch.timings_ms, degraded, recognised, notice)
 
     async def ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
         """See `Retriever.ingest`."""
-        return await self._ingestor.ingest(documents)
+        try:
+            return await self._ingestor.ingest(documents)
+        finally:
+            self._num_writes += 1
 
     async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
         """See `Retriever.documents`."""
@@ -134,6 +152,7 @@ class LocalRetriever:
         receipt = await delete(self._store, document_id)
         if receipt is None:
             raise _not_found(document_id)
+        self._num_writes += 1
         return receipt
 
     async def info(self) -> RetrieverInfo:
@@ -163,14 +182,31 @@ class LocalRetriever:
             )
 
     async def _reranked(
-        self, query: SearchQuery, passages: list[Passage], watch: Stopwatch
+        self, question: str, timeout_s: float, passages: list[Passage], watch: Stopwatch
     ) -> tuple[list[Passage], tuple[str, ...]]:
         """Order by the cross-encoder if there is one, and name what the search had to do without."""
         if self._reranker is None:
             return passages, ()
         with watch.stage("rerank"):
-            timeout_s = RERANKING_SHARE * query.timeout_s
-            return await self._reranker.rerank(query.text, passages, timeout_s=timeout_s)
+            return await self._reranker.rerank(question, passages, timeout_s=RERANKING_SHARE * timeout_s)
+
+    async def _recognise(self, query: SearchQuery) -> tuple[Filters, str]:
+        """Read filters from the question; give them and what is left to search for."""
+        if not query.recognise_filters:
+            return {}, query.text
+        found = (await self._metadata()).recognise(query.text, query.filters, *query.context[:1])
+        return found.filters, found.rest
+
+    async def _metadata(self) -> MetadataIndex:
+        """Give the values to recognise, at most `MAX_METADATA_AGE_S` old: other processes may write too."""
+        async with self._reading_metadata:
+            now = asyncio.get_running_loop().time()
+            if now > self._metadata_expires or self._metadata_writes != self._num_writes:
+                self._metadata_writes = self._num_writes
+                values = await self._store.metadata_values()
+                self._metadata_index = await asyncio.to_thread(MetadataIndex, values)
+                self._metadata_expires = now + MAX_METADATA_AGE_S
+            return self._metadata_index
 
     async def _with_sentences(self, passages: Sequence[Passage], question: Vectors) -> list[Passage]:
         scored = []

@@ -17,7 +17,7 @@ from app.loaders import SUFFIXES, load_file, walk
 from app.models import check_chat_model
 from app.reranking import Reranker
 from app.retrieval import LocalRetriever, Retriever
-from app.settings import Device, LLMSettings, Settings
+from app.settings import Device, LLMSettings, PlanningSettings, Settings
 from app.store import Manifest, Store
 from app.telemetry import logger
 
@@ -43,7 +43,13 @@ async def build_services(
     """Build what is not handed in, and wire it. `device` is where an LLM that is built here runs."""
     retriever = retriever or await build_retriever(settings)
     llm = llm or await build_llm(settings, device)
-    chat = ChatService(retriever, llm, grounding=decide_grounding(settings, device), settings=settings.answer)
+    chat = ChatService(
+        retriever,
+        llm,
+        grounding=decide_grounding(settings, device),
+        settings=settings.answer,
+        planning=decide_planning(settings, device),
+    )
     return Services(settings, retriever, llm, chat)
 
 
@@ -105,8 +111,19 @@ def decide_grounding(settings: Settings, device: Device) -> Grounding:
     chosen = settings.answer.grounding
     if chosen != "auto":
         return chosen
-    is_large = device == "gpu" or settings.llm.engine == "openai"
-    return "flag" if is_large else "gate"
+    return "flag" if _is_large(settings, device) else "gate"
+
+
+def decide_planning(settings: Settings, device: Device) -> PlanningSettings:
+    """Tell what `rewrite: auto` means: a model that fits a CPU cannot rewrite a question, a larger one can."""
+    if settings.planning.rewrite != "auto":
+        return settings.planning
+    can_rewrite = _is_large(settings, device) and settings.llm.engine != "extractive"
+    return settings.planning.model_copy(update={"rewrite": "always" if can_rewrite else "never"})
+
+
+def _is_large(settings: Settings, device: Device) -> bool:
+    return device == "gpu" or settings.llm.engine == "openai"
 
 
 async def _open_store(settings: Settings, dimension: int, stamp: Manifest) -> Store:

@@ -106,6 +106,16 @@ class LLMSettings(Branch):
         return self.model if isinstance(self.model, str) else self.model.on(device)
 
 
+class PlanningSettings(Branch):
+    """What is done to a question before the search."""
+
+    recognise_filters: bool = Field(True, description="filter by authors and other values that a question names")
+    rewrite: Literal["auto", "always", "never"] = Field(
+        "auto", description="make a follow-up stand alone by the LLM; auto: on a GPU and with engine openai"
+    )
+    rewrite_timeout_s: float = Field(2.0, gt=0, description="after this the question is searched for as it is")
+
+
 class AnswerSettings(Branch):
     """How an answer is made."""
 
@@ -145,6 +155,7 @@ class Settings(Branch):
     retrieval: RetrievalSettings = RetrievalSettings()
     reranking: RerankingSettings = RerankingSettings()
     llm: LLMSettings = LLMSettings()
+    planning: PlanningSettings = PlanningSettings()
     answer: AnswerSettings = AnswerSettings()
     api: APISettings = APISettings()
     logging: LoggingSettings = LoggingSettings()

@@ -2,7 +2,7 @@
 
 from ray.serve import Application
 
-from app.services import check_models, decide_grounding
+from app.services import check_models, decide_grounding, decide_planning
 from app.settings import Device, Settings
 from deployments.ingress import Ingress
 from deployments.llm import LLM
@@ -11,8 +11,8 @@ from deployments.retriever import Retriever
 from deployments.versions import versioned
 
 # The branches of the settings that a deployment reads, and whose change restarts it.
-BUSINESS = ("answer", "api", "retrieval", "logging")
 KNOWLEDGE = ("data_dir", "seed", "embedding", "chunking", "store", "retrieval", "reranking", "api", "logging")
+BUSINESS = ("planning", "answer", "api", "retrieval", "logging")
 MODEL = ("data_dir", "llm", "logging")
 
 
@@ -52,7 +52,8 @@ def _llm(settings: Settings, device: Device) -> Application:
 def _decided(settings: Settings, device: Device) -> Settings:
     """Decide what follows from the LLM's device, so that an Ingress without the LLM need not know it."""
     grounding = decide_grounding(settings, device)
-    return settings.model_copy(update={"answer": settings.answer.model_copy(update={"grounding": grounding})})
+    answer = settings.answer.model_copy(update={"grounding": grounding})
+    return settings.model_copy(update={"answer": answer, "planning": decide_planning(settings, device)})
 
 
 def _device(settings: Settings) -> Device:

@@ -917,6 +917,30 @@ async def test_a_search_gives_passages_without_an_answer(client: httpx.AsyncClie
 
 
 @in_one_loop
+async def test_an_author_whom_the_query_names_filters_unless_switched_off(client: httpx.AsyncClient) -> None:
+    body = {"query": "What did Teodor say about the outage?"}
+    found = (await client.post("/v1/search", json=body)).json()
+    assert [one["document_id"] for one in found["data"]] == ["cache #1?.md"]
+    assert (found["recognised_filters"], found["notice"]) == ({"author": "Teodor"}, None)
+    found = (await client.post("/v1/search", json={**body, "recognise_filters": False})).json()
+    assert (len(found["data"]), found["recognised_filters"]) == (2, {})
+    rag = (await ask(client, question=body["query"])).json()["rag"]
+    assert (rag["recognised_filters"], {one["n"] for one in rag["sources"]}) == ({"author": "Teodor"}, {1})
+    rag = (await ask(client, question=body["query"], rag={"recognise_filters": False})).json()["rag"]
+    assert (rag["recognised_filters"], {one["n"] for one in rag["sources"]}) == ({}, {1, 2})
+
+
+@in_one_loop
+async def test_a_filter_value_that_no_document_has_is_no_silent_nothing(client: httpx.AsyncClient) -> None:
+    notice = 'No document matches the filters: none has author "Theodor". Did you mean "Teodor"?'
+    found = (await client.post("/v1/search", json={"query": "x", "filters": {"author": "Theodor"}})).json()
+    assert (found["data"], found["notice"]) == ([], notice)
+    body = (await ask(client, rag={"filters": {"author": "Theodor"}})).json()
+    assert body["choices"][0]["message"]["content"] == body["rag"]["notice"] == notice
+    assert body["rag"]["grounded"] == "refused"
+
+
+@in_one_loop
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [

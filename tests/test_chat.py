@@ -12,7 +12,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.chat import NEAR_MISS, NO_MATCH, REFUSAL, AnswerEnd, AnswerStart, AnswerText, ChatRequest, ChatService
+from app.chat import NEAR_MISS, REFUSAL, AnswerEnd, AnswerStart, AnswerText, ChatRequest, ChatService
 from app.citations import find_citations
 from app.domain import Document, Grounding, Message, Passage, Refusal, SamplingParams, Sentence
 from app.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, LLMUnavailable, UnknownFilter
@@ -20,7 +20,7 @@ from app.gate import Gate
 from app.prompts import CITING_INSTRUCTIONS, PLAIN_INSTRUCTIONS, compose
 from app.retrieval import LocalRetriever
 from app.services import build_retriever
-from app.settings import AnswerSettings, Settings, StoreSettings
+from app.settings import AnswerSettings, PlanningSettings, Settings, StoreSettings
 from tests.scripted_llm import ScriptedLLM
 
 in_one_loop = pytest.mark.asyncio(loop_scope="module")
@@ -55,6 +55,11 @@ class Answer:
 
 def service(retriever: LocalRetriever, llm: ScriptedLLM, grounding: Grounding = "gate", **settings: Any) -> ChatService:
     return ChatService(retriever, llm, grounding=grounding, settings=AnswerSettings(**settings))
+
+
+def rewriting(retriever: LocalRetriever, llm: ScriptedLLM, timeout_s: float = 30.0) -> ChatService:
+    planning = PlanningSettings(rewrite="always", rewrite_timeout_s=timeout_s)
+    return ChatService(retriever, llm, grounding="gate", settings=AnswerSettings(), planning=planning)
 
 
 def asking(question: str = QUESTION, *, earlier: tuple[Message, ...] = (), **options: Any) -> ChatRequest:
@@ -126,7 +131,7 @@ async def test_the_refusal_needs_no_engine(retriever: LocalRetriever) -> None:
 async def test_a_near_miss_is_refused_with_what_is_missing(retriever: LocalRetriever) -> None:
     llm = ScriptedLLM("In 1868.")
     answer = await answered(service(retriever, llm), asking("Was the lighthouse of Vesterby built in 1931?"))
-    assert answer.text == f"{NEAR_MISS} None of them mentions 1931."
+    assert answer.text == f"{REFUSAL} {NEAR_MISS} None of them mentions 1931."
     assert answer.end.grounded == "refused"
     assert answer.end.refusal
     assert (answer.end.refusal.reason, answer.end.refusal.missing) == ("not_in_passages", ("1931",))
@@ -137,7 +142,8 @@ async def test_a_near_miss_is_refused_with_what_is_missing(retriever: LocalRetri
 @in_one_loop
 async def test_a_filter_that_nothing_matches_is_said(retriever: LocalRetriever) -> None:
     answer = await answered(service(retriever, ScriptedLLM("Hi."), "off"), asking(filters={"author": "Nobody"}))
-    assert (answer.text, answer.end.grounded, answer.start.sources) == (NO_MATCH, "refused", ())
+    assert answer.text == 'No document matches the filters: none has author "Nobody".'
+    assert (answer.end.grounded, answer.start.sources, answer.start.notice) == ("refused", (), answer.text)
     assert answer.end.refusal == Refusal("no_match")
 
 
@@ -336,6 +342,88 @@ async def test_a_cancelled_answer_closes_the_engines_stream(retriever: LocalRetr
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert llm.closed.is_set()
+
+
+# --- Planning --------------------------------------------------------------------------------------------------------
+
+TALK = (Message("user", QUESTION), Message("assistant", FACT))
+STANDALONE = "Was somebody on call during the Reading Room outage?"
+
+
+@in_one_loop
+async def test_a_follow_up_is_searched_for_and_judged_as_the_question_that_the_model_made_of_it(
+    retriever: LocalRetriever,
+) -> None:
+    llm = ScriptedLLM(STANDALONE)
+    answer = await answered(rewriting(retriever, llm), asking("Was somebody on call then?", earlier=TALK))
+    assert (answer.start.query, answer.start.degraded) == (STANDALONE, ())
+    assert answer.start.sources[0].document_id == "outage"
+    assert "rewrite" in answer.end.timings_ms
+    rewrite, generation = llm.requests
+    assert (rewrite.passages, generation.messages[-1].content) == ((), "Was somebody on call then?")
+
+
+@in_one_loop
+async def test_a_first_question_is_not_rewritten(retriever: LocalRetriever) -> None:
+    llm = ScriptedLLM("It lasted 52 minutes.")
+    answer = await answered(rewriting(retriever, llm), asking(earlier=(Message("system", "Be brief."),)))
+    assert (answer.start.query, len(llm.requests)) == (QUESTION, 1)
+
+
+@in_one_loop
+async def test_without_a_capable_model_a_follow_up_is_searched_for_with_what_was_asked_before(
+    retriever: LocalRetriever,
+) -> None:
+    llm = ScriptedLLM("It was freed.")
+    answer = await answered(service(retriever, llm), asking("Was nobody on call then?", earlier=TALK))
+    assert (answer.start.query, answer.start.degraded) == ("Was nobody on call then?", ())
+    assert answer.start.sources[0].document_id == "outage"
+    assert not [request for request in llm.requests if not request.passages]
+
+
+@in_one_loop
+@pytest.mark.parametrize(
+    "text", ["I am a model.", LLMUnavailable("down"), asyncio.Event()], ids=["strays", "down", "late"]
+)
+async def test_a_rewriting_that_fails_costs_nothing_but_itself(
+    retriever: LocalRetriever, text: str | LLMUnavailable | asyncio.Event
+) -> None:
+    timeout_s = 0.01 if isinstance(text, asyncio.Event) else 30.0
+    request = asking("Was nobody on call then?", earlier=TALK)
+    async with aclosing(rewriting(retriever, ScriptedLLM(text), timeout_s).answer(request)) as events:
+        if isinstance(text, asyncio.Event):
+            text.set()
+        start = await anext(events)
+    assert isinstance(start, AnswerStart)
+    assert (start.query, start.degraded[0]) == ("Was nobody on call then?", "rewriting_skipped")
+    assert start.sources[0].document_id == "outage"
+
+
+@in_one_loop
+async def test_only_the_author_whom_the_question_names_is_cited(retriever: LocalRetriever) -> None:
+    request = asking("What did Teodor write on the memory of the cache?", recognise_filters=True)
+    answer = await answered(service(retriever, ScriptedLLM("It takes 40 GB.")), request)
+    assert (answer.text, answer.end.grounded) == ("It takes 40 GB. [1]", "model")
+    assert [source.metadata["author"] for source in answer.start.sources] == ["Teodor"]
+    assert (answer.start.recognised_filters, answer.start.notice) == ({"author": "Teodor"}, None)
+
+
+@in_one_loop
+async def test_what_the_named_author_did_not_write_is_refused_and_not_taken_from_others(
+    retriever: LocalRetriever,
+) -> None:
+    request = asking("What did Teodor write about the lighthouse of Vesterby?", recognise_filters=True)
+    llm = ScriptedLLM("It was built in 1868.")
+    answer = await answered(service(retriever, llm), request)
+    assert answer.text == 'The documents with author "Teodor", which the question names, do not hold an answer to it.'
+    assert (answer.end.grounded, answer.end.citations, llm.requests) == ("refused", (), [])
+
+
+@in_one_loop
+async def test_a_value_that_no_document_has_is_refused_with_the_nearest(retriever: LocalRetriever) -> None:
+    answer = await answered(service(retriever, ScriptedLLM("Hi.")), asking(filters={"author": "Theodor"}))
+    assert answer.text == 'No document matches the filters: none has author "Theodor". Did you mean "Teodor"?'
+    assert (answer.end.grounded, answer.start.notice) == ("refused", answer.text)
 
 
 # --- What is passed on and reported ----------------------------------------------------------------------------------

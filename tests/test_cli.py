@@ -191,6 +191,20 @@ def test_search_shows_passages(live_service: str) -> None:
     assert "articles/" in result.stdout
 
 
+@pytest.mark.parametrize("verb", ["ask", "search"])
+def test_what_the_question_names_is_shown(live_service: str, verb: str) -> None:
+    result = cleave(live_service, verb, "What does Noor Hallivant say about the Reading Room outage?")
+    assert result.exit_code == 0
+    assert 'Only documents with author "Noor Hallivant", named in the question.' in result.stdout
+
+
+def test_a_search_that_no_document_can_match_says_why(live_service: str) -> None:
+    result = cleave(live_service, "search", "outage", "--author", "Noor Halivant")
+    assert result.stdout == (
+        'No document matches the filters: none has author "Noor Halivant". Did you mean "Noor Hallivant"?\n'
+    )
+
+
 def test_a_proxy_from_the_environment_does_not_come_between(live_service: str) -> None:
     proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"), "http://127.0.0.1:1")
     done = cleave_program(live_service, "search", "tides", "--json", NO_PROXY="", no_proxy="", **proxies)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import retrieval
-from app.domain import Document, Filters, SearchQuery, SearchResult
+from app.domain import Chunk, Document, EncodedChunk, Filters, SearchQuery, SearchResult
 from app.embedding import Embedder
 from app.errors import ConfigurationError, DocumentNotFound, UnknownFilter
 from app.ingestion import Ingestor, check_window, manifest
@@ -77,6 +77,10 @@ async def search(
 ) -> SearchResult:
     chosen: Filters = filters
     return await retriever.search(SearchQuery(text, top_k, chosen, num_scored))
+
+
+async def recognising(retriever: LocalRetriever, text: str, **filters: Any) -> SearchResult:
+    return await retriever.search(SearchQuery(text, 5, filters, recognise_filters=True))
 
 
 # --- Searching -------------------------------------------------------------------------------------------------------
@@ -204,6 +208,76 @@ async def test_searches_at_once_during_an_ingestion_get_what_they_get_alone(retr
     assert [receipt.num_truncated_chunks for receipt in receipts] == [0]
     expected = [alone[question][0].chunk_id for question in questions]
     assert [result.passages[0].chunk_id for result in found] == expected
+
+
+# --- What the question names -----------------------------------------------------------------------------------------
+
+
+@in_one_loop
+async def test_an_author_that_the_question_names_is_the_only_one_found(retriever: LocalRetriever) -> None:
+    found = await recognising(retriever, "What did Teodor write about the outage?")
+    assert [passage.document_id for passage in found.passages] == ["cache"]
+    assert (found.recognised_filters, found.notice) == ({"author": "Teodor"}, None)
+
+
+@in_one_loop
+async def test_a_filter_of_the_request_wins_over_what_the_question_names(retriever: LocalRetriever) -> None:
+    found = await recognising(retriever, "What did Teodor write about the outage?", author="Noor")
+    assert [passage.document_id for passage in found.passages] == ["outage"]
+    assert found.recognised_filters == {}
+
+
+@in_one_loop
+async def test_nothing_is_recognised_unless_it_is_asked_for(retriever: LocalRetriever) -> None:
+    found = await search(retriever, "What did Teodor write about the outage?")
+    assert (len(found.passages), found.recognised_filters) == (3, {})
+
+
+@in_one_loop
+async def test_recognised_and_given_filters_that_match_nothing_together_say_so(retriever: LocalRetriever) -> None:
+    found = await recognising(retriever, "What did Teodor write about the outage?", year=2024)
+    assert found.passages == ()
+    assert found.notice == (
+        'No document matches the filters: none has year 2024 and author "Teodor". (The question names author "Teodor".)'
+    )
+
+
+@in_one_loop
+async def test_a_value_that_no_document_has_is_answered_with_the_nearest(retriever: LocalRetriever) -> None:
+    found = await search(retriever, author="Theodor")
+    assert found.notice == 'No document matches the filters: none has author "Theodor". Did you mean "Teodor"?'
+
+
+@in_one_loop
+async def test_what_is_recognised_follows_every_write(retriever: LocalRetriever) -> None:
+    question = "What does Yusra recommend?"
+    assert (await recognising(retriever, question)).recognised_filters == {}
+    await retriever.ingest([Document("advice", "Advice", "Write less.", metadata={"author": "Yusra Halim"})])
+    assert (await recognising(retriever, question)).recognised_filters == {"author": "Yusra Halim"}
+    await retriever.delete("advice")
+    found = await recognising(retriever, question)
+    assert (found.recognised_filters, len(found.passages)) == ({}, 3)
+
+
+@in_one_loop
+async def test_what_another_process_writes_is_recognised_in_time(
+    retriever: LocalRetriever, monkeypatch: pytest.MonkeyPatch, embedder: Embedder, store: Store
+) -> None:
+    monkeypatch.setattr(retrieval, "MAX_METADATA_AGE_S", 0.0)
+    question = "What does Yusra recommend?"
+    assert (await recognising(retriever, question)).recognised_filters == {}
+    advice = Document("advice", "Advice", "Write less.", metadata={"author": "Yusra Halim"})
+    vector = (await embedder.embed([advice.text]))[0]
+    await store.put(advice, [EncodedChunk(Chunk(0, advice.text, 0, 11), tuple(vector.tolist()), {})])
+    assert (await recognising(retriever, question)).recognised_filters == {"author": "Yusra Halim"}
+
+
+@in_one_loop
+async def test_a_follow_up_is_searched_for_with_the_questions_before_it(retriever: LocalRetriever) -> None:
+    alone = await retriever.search(SearchQuery("And when did it end?", 3))
+    found = await retriever.search(SearchQuery("And when did it end?", 3, context=(QUESTION,), num_scored=1))
+    assert (alone.passages[0].document_id, found.passages[0].document_id) == ("cache", "outage")
+    assert found.passages[0].sentences
 
 
 # --- The documents ---------------------------------------------------------------------------------------------------

@@ -118,6 +118,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path, server: str) -> 
 async def test_an_empty_collection_answers_with_nothing(store: Store) -> None:
     assert await store.counts() == (0, 0)
     assert await store.filter_fields() == ()
+    assert await store.metadata_values() == {}
     assert await store.documents() == []
     assert await store.document("absent") is None
     assert await search(store, "anything") == []
@@ -144,6 +145,23 @@ async def test_a_document_is_kept_with_its_whole_text(store: Store) -> None:
     assert stored.content_hash == document.content_hash
     assert await store.filter_fields() == ('a."b"[0]=', "größe")
     assert len(await search(store, "Fuchs", filters={"größe": "groß", 'a."b"[0]=': "c"})) == 2
+
+
+async def test_metadata_values_are_those_of_the_chunks_that_a_search_finds(store: Store) -> None:
+    await put(store, "a", "one", "two", author="Ann", year=2024, draft=True, ratio=0.5)
+    await put(store, "b", "three", **{"author": 'Bo "B" = x', "a=1": "c=2", "year": "2024"})
+    await put(store, "c", "four", author="Cy")
+    await put(store, "c", "five", author="Di")
+    await put(store, "d", "six", author="Ed")
+    await store.delete("d")
+    found = {field: sorted(values, key=repr) for field, values in (await store.metadata_values()).items()}
+    assert found == {
+        "author": ["Ann", 'Bo "B" = x', "Di"],
+        "year": ["2024", 2024],
+        "draft": [True],
+        "ratio": [0.5],
+        "a=1": ["c=2"],
+    }
 
 
 async def test_documents_come_in_pages_without_gaps_or_repeats(store: Store) -> None:

@@ -40,6 +40,11 @@ def chat_router(services: Services) -> APIRouter:
             top_k=body.rag.top_k or settings.retrieval.top_k,
             timeout_s=body.rag.timeout_s or settings.answer.timeout_s,
             filters=body.rag.filters,
+            recognise_filters=(
+                settings.planning.recognise_filters
+                if body.rag.recognise_filters is None
+                else body.rag.recognise_filters
+            ),
             use_documents=use_documents,
         )
         events = services.chat.answer(chat_request)

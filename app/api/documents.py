@@ -58,7 +58,7 @@ BODIES = {
 def documents_router(services: Services) -> APIRouter:
     """Build the routes over the given parts."""
     router = APIRouter(tags=["documents"])
-    retriever = services.retriever
+    retriever, settings = services.retriever, services.settings
     max_file_bytes = services.settings.api.max_file_bytes
 
     @router.post("/v1/documents", openapi_extra=BODIES)
@@ -115,11 +115,20 @@ def documents_router(services: Services) -> APIRouter:
         question = normalise(body.query).strip()
         if not question:
             raise InvalidRequest("The query is empty.", param="query")
-        top_k = body.top_k or services.settings.retrieval.top_k
-        found = await retriever.search(SearchQuery(question, top_k, body.filters))
+        top_k = body.top_k or settings.retrieval.top_k
+        recognise = body.recognise_filters
+        query = SearchQuery(
+            question,
+            top_k,
+            body.filters,
+            recognise_filters=settings.planning.recognise_filters if recognise is None else recognise,
+        )
+        found = await retriever.search(query)
         return {
             "object": "list",
             "data": [{"n": n, **source(one)} for n, one in enumerate(found.passages, start=1)],
+            "recognised_filters": dict(found.recognised_filters),
+            "notice": found.notice,
             "timings_ms": dict(found.timings_ms),
             "degraded": list(found.degraded),
         }

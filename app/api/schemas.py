@@ -87,6 +87,7 @@ class RAGOptions(BaseModel):
 
     enabled: bool = True
     filters: dict[Name, Wanted] = Field(default_factory=dict, examples=[{"author": "Marit Oldershaw"}])
+    recognise_filters: bool | None = Field(None, description="default: planning.recognise_filters of the service")
     top_k: int | None = Field(None, ge=1, le=50)
     timeout_s: float | None = Field(None, gt=0, le=600)
 
@@ -145,6 +146,7 @@ class SearchRequest(BaseModel):
     query: Text = Field(examples=["How long did the outage last?"])
     top_k: int | None = Field(None, ge=1, le=50)
     filters: dict[Name, Wanted] = Field(default_factory=dict)
+    recognise_filters: bool | None = Field(None, description="default: planning.recognise_filters of the service")
 
 
 class DocumentBody(BaseModel):

@@ -94,6 +94,8 @@ class CompletionWriter:
             "request_id": request_id.get(),
             "sources": [{"n": n, **source(one)} for n, one in enumerate(event.sources, start=1)],
             "rewritten_query": event.query,
+            "recognised_filters": dict(event.recognised_filters),
+            "notice": event.notice,
             "degraded": list(event.degraded),
         }
         return self._rag

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from app.domain import Document, EncodedChunk, Filters, Passage, StoredDocument
+from app.domain import Document, EncodedChunk, Filters, Passage, Scalar, StoredDocument
 
 Manifest = Mapping[str, str | int | float | bool | None]
 """What the collection was written with: encoder, chunker, sparse settings. Stamped when it is created."""
@@ -87,6 +87,10 @@ class Store(Protocol):
 
     async def filter_fields(self) -> tuple[str, ...]:
         """Metadata fields that a filter may name, sorted."""
+        ...
+
+    async def metadata_values(self) -> Mapping[str, list[Scalar]]:
+        """The values that chunks hold, by metadata field; of very many the most frequent."""
         ...
 
     async def close(self) -> None:

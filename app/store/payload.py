@@ -27,6 +27,8 @@ KEYWORD_FIELDS = ("kind", "document_id", "terms", "fields")
 """Payload fields with an index for exact match."""
 
 MAX_FIELDS = 10_000
+MAX_VALUES = 20_000
+"""Metadata values that are listed: the most frequent, so that those of a single document are left out first."""
 MAX_CHUNKS_PER_OPERATION = 128
 """A longer document is staged piece by piece, so that no single call holds up the others."""
 MAX_SAMPLES = 256
@@ -193,6 +195,25 @@ def term(field: str, value: Scalar) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # JSON does not tell 1 from 1.0, nor does the reader of a filter.
     return f"{field}={json.dumps(value, ensure_ascii=False)}"
+
+
+def metadata_entry(keyword: str) -> tuple[str, Scalar]:
+    """Read what `term` wrote: the field and the value. A field may itself hold "=" signs."""
+    field, _, value = keyword.partition("=")
+    while True:
+        try:
+            return field, json.loads(value)
+        except ValueError:
+            more, _, value = value.partition("=")
+            field = f"{field}={more}"
+
+
+def values_by_field(keywords: Iterable[str]) -> Mapping[str, list[Scalar]]:
+    """Group keywords that `term` wrote by their field."""
+    found: dict[str, list[Scalar]] = {}
+    for field, value in map(metadata_entry, keywords):
+        found.setdefault(field, []).append(value)
+    return found
 
 
 def terms_of(filters: Filters) -> Iterator[list[str]]:

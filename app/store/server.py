@@ -19,7 +19,7 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
-from app.domain import Document, Filters, Passage, StoredDocument
+from app.domain import Document, Filters, Passage, Scalar, StoredDocument
 from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable, WriteConflict
 from app.store import Chunks, Located, Manifest, Vectors
 from app.store.payload import (
@@ -27,6 +27,7 @@ from app.store.payload import (
     KEYWORD_FIELDS,
     MANIFEST_ID,
     MAX_FIELDS,
+    MAX_VALUES,
     SPARSE,
     Hits,
     Payload,
@@ -45,6 +46,7 @@ from app.store.payload import (
     sampled_ids,
     stored_document,
     terms_of,
+    values_by_field,
 )
 
 IN_MEMORY = ":memory:"
@@ -198,6 +200,13 @@ class ServerStore:
         async with _translated():
             found = await self._client.facet(self._collection, "fields", limit=MAX_FIELDS, exact=True)
         return tuple(sorted(str(hit.value) for hit in found.hits if hit.count))
+
+    async def metadata_values(self) -> Mapping[str, list[Scalar]]:
+        """List the metadata values of all chunks by field."""
+        of_chunks = models.Filter(must=[_is("kind", "chunk")])
+        async with _translated():
+            found = await self._client.facet(self._collection, "terms", facet_filter=of_chunks, limit=MAX_VALUES)
+        return values_by_field(str(hit.value) for hit in found.hits if hit.count)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -38,6 +38,7 @@ const DEGRADED = {
   llm_failed: "the language model failed on the way",
   history_trimmed: "the beginning of the conversation no longer fits",
   reranking_skipped: "the passages could not be reranked in time",
+  rewriting_skipped: "the question was searched for as it is",
 };
 
 // --------------------------------------------------------------------------------------------------- DOM
@@ -374,11 +375,17 @@ function unsupportedList(sentences = []) {
     el("ul", {}, ...sentences.map((sentence) => el("li", {}, sentence))));
 }
 
+/** Filters that were read from the question, as one text. */
+function named(filters = {}) {
+  return Object.entries(filters).map(([field, value]) => `${field} ${[value].flat().join(" or ")}`).join(" and ");
+}
+
 /** The numbers behind an answer, for whoever wants to know where the time went. */
 function trace({ rag, usage }) {
   const stages = Object.entries(rag.timings_ms ?? {});
   const rows = [
     ["Searched for", rag.rewritten_query],
+    ["Only documents with", named(rag.recognised_filters)],
     ["Time", stages.map(([stage, ms]) => `${spoken(stage)} ${duration(ms)}`).join(", ")],
     ["Tokens", usage && `${number(usage.prompt_tokens)} read, ${number(usage.completion_tokens)} written`],
     ["Request", rag.request_id],
