@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from app.answerability import assess
-from app.domain import Document, Filters, Message, Passage, SearchQuery
+from app.domain import Document, Message, Passage, SearchQuery
 from app.grounding import rank_evidence
 from app.loaders import iterate_jsonl
 from app.planning import plan_query
@@ -42,8 +42,8 @@ class Judged:
     reason: str
 
 
-async def filled(folder: Path, data_dir: Path) -> tuple[LocalRetriever, set[str]]:
-    """Ingest a corpus into a collection of its own; give the authors in it, too."""
+async def filled(folder: Path, data_dir: Path) -> LocalRetriever:
+    """Ingest a corpus into a collection of its own."""
     settings = Settings(data_dir=data_dir, store=StoreSettings(collection=folder.name))
     retriever = await build_retriever(settings)
     with (folder / "corpus.jsonl").open("rb") as file:
@@ -52,24 +52,31 @@ async def filled(folder: Path, data_dir: Path) -> tuple[LocalRetriever, set[str]
     for start in range(0, len(documents), DOCUMENTS_PER_CALL):
         await retriever.ingest(documents[start : start + DOCUMENTS_PER_CALL])
         print(".", end="", flush=True)
-    print(f" {folder.name}: {len(documents)} documents")
-    return retriever, {str(one.metadata["author"]) for one in documents if "author" in one.metadata}
+    print(f" {folder.name}: {len(documents)} documents", flush=True)
+    return retriever
 
 
-def questions(folder: Path, name: str, limit: int) -> list[str]:
-    """Take evenly spaced questions; of a conversation the last turn."""
+def conversations(folder: Path, name: str, limit: int) -> list[list[Message]]:
+    """Take evenly spaced questions, each with the turns before it."""
     lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
-    return texts[:: max(1, len(texts) // limit)][:limit]
+    chosen = [json.loads(line) for line in lines[:: max(1, len(lines) // limit)][:limit]]
+    return [
+        [*(Message(turn["role"], turn["content"]) for turn in one.get("history") or ()), Message("user", one["text"])]
+        for one in chosen
+    ]
 
 
-async def judge(retriever: LocalRetriever, question: str, kind: str, authors: set[str], settings: Settings) -> Judged:
-    """Ask as the service does; whoever names an author of the corpus gets that author's documents only."""
-    query = plan_query((Message("user", question),))
-    filters: Filters = next(({"author": author} for author in authors if author in query), {})
-    num_scored = settings.answer.num_passages
-    found = await retriever.search(SearchQuery(query, settings.retrieval.top_k, filters, num_scored=num_scored))
-    return judged(query, kind, found.passages)
+async def judge(retriever: LocalRetriever, messages: Sequence[Message], kind: str, settings: Settings) -> Judged:
+    """Ask as the service does, where no model rewrites the question."""
+    plan = plan_query(messages)
+    query = SearchQuery(
+        plan.question,
+        settings.retrieval.top_k,
+        num_scored=settings.answer.num_passages,
+        context=plan.context,
+        recognise_filters=settings.planning.recognise_filters,
+    )
+    return judged(plan.question, kind, (await retriever.search(query)).passages)
 
 
 def judged(query: str, kind: str, passages: Sequence[Passage]) -> Judged:
@@ -112,18 +119,18 @@ async def measure(folders: Sequence[Path], data_dir: Path, limit: int) -> dict[s
     settings = Settings()
     report: dict[str, Any] = {"min_evidence": settings.answer.min_evidence, "sets": {}}
     for place, folder in enumerate(folders):
-        asked = [(text, "answerable") for text in questions(folder, "queries", limit)]
-        asked += [(text, "unanswerable") for text in questions(folder, "queries_unanswerable", limit)]
+        asked = [(one, "answerable") for one in conversations(folder, "queries", limit)]
+        asked += [(one, "unanswerable") for one in conversations(folder, "queries_unanswerable", limit)]
         other = folders[(place + 1) % len(folders)]
         if other != folder:
-            asked += [(text, "off_topic") for text in questions(other, "queries", min(limit, 100))]
-        retriever, authors = await filled(folder, data_dir)
-        results = [await judge(retriever, text, kind, authors, settings) for text, kind in asked]
+            asked += [(one, "off_topic") for one in conversations(other, "queries", min(limit, 100))]
+        retriever = await filled(folder, data_dir)
+        results = [await judge(retriever, messages, kind, settings) for messages, kind in asked]
         await retriever.close()
         report["sets"][folder.name] = found = summary(results, settings.answer.min_evidence)
         print(f"{folder.name:10} {found['chosen']}")
         for row in found["curve"]:
-            print(f"{'':10} {row}")
+            print(f"{'':10} {row}", flush=True)
     return report
 
 
