@@ -93,7 +93,7 @@ class Ingestor:
 
     async def _encode(self, parts: Sequence[tuple[_Draft, Chunk]]) -> list[EncodedChunk]:
         texts, terms = await asyncio.to_thread(self._read, parts)
-        vectors = await self._embedder.embed(texts)
+        vectors = await self._embedder.embed_documents(texts)
         return [
             EncodedChunk(chunk, tuple(vector.tolist()), weights)
             for (_, chunk), vector, weights in zip(parts, vectors, terms, strict=True)
@@ -164,6 +164,8 @@ def manifest(embedder: Embedder, settings: ChunkingSettings) -> Manifest:
         "embedding.revision": embedder.revision,
         "embedding.dimension": embedder.dimension,
         "embedding.window": embedder.window,
+        "embedding.query_prefix": embedder.query_prefix,
+        "embedding.document_prefix": embedder.document_prefix,
         "chunking.max_tokens": settings.max_tokens,
         "text.format": TEXT_FORMAT,
         **sparse.MANIFEST,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from app.acceleration import native_dtype
 from app.domain import Passage
-from app.embedding import torch_dtype
 from app.errors import ConfigurationError
 from app.models import resolve_reranker
 from app.settings import RerankingSettings
@@ -154,7 +154,7 @@ def _load(settings: RerankingSettings) -> Any:
             found.source,
             revision=found.revision,
             device="cpu",
-            model_kwargs={"dtype": torch_dtype(settings.dtype)},
+            model_kwargs={"dtype": native_dtype() if settings.dtype == "auto" else settings.dtype},
         )
         # Longer than most windows: some tokenizers do not know theirs.
         shape = _predict(model, [("question", "text " * 600)]).shape

@@ -106,7 +106,7 @@ class LocalRetriever:
         recognised, text = await self._recognise(query)
         filters = {**query.filters, **recognised}
         with watch.stage("embed"):
-            vectors = await self._embedder.embed([text, *query.context])
+            vectors = await self._embedder.embed_queries([text, *query.context])
         question, terms = encode_query(text, query.context, vectors)
         num_pooled = POOL_FACTOR * query.top_k
         if self._reranker is not None:
@@ -224,7 +224,7 @@ class LocalRetriever:
         found = self._sentence_vectors.get(key)
         if found is None:
             texts = await asyncio.to_thread(sentences, passage.text)
-            found = self._sentence_vectors[key] = (texts, await self._embedder.embed(texts))
+            found = self._sentence_vectors[key] = (texts, await self._embedder.embed_documents(texts))
             while len(self._sentence_vectors) > MAX_CACHED_PASSAGES:
                 del self._sentence_vectors[next(iter(self._sentence_vectors))]
         return found

@@ -27,6 +27,8 @@ class EmbeddingSettings(Branch):
     batch_size: int = Field(32, ge=1, le=1024)
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it")
     num_threads: int = Field(2, ge=1, description="CPU threads of one retriever replica")
+    query_prefix: str | None = Field(None, description="put before each question; default: the model's own prompt")
+    document_prefix: str | None = Field(None, description="put before each chunk; default: the model's own prompt")
 
 
 class ChunkingSettings(Branch):

@@ -64,7 +64,7 @@ async def measure(candidates: list[int], repetitions: int) -> None:
     embedding: list[float] = []
     reranking: dict[int, list[float]] = {number: [] for number in candidates}
     for repetition in range(repetitions + 1):
-        embedding.append(await milliseconds(embedder.embed([QUESTION])))
+        embedding.append(await milliseconds(embedder.embed_queries([QUESTION])))
         for number, times in reranking.items():
             start = repetition * number % (len(passages) - number)
             times.append(await milliseconds(reranker.rerank(QUESTION, passages[start : start + number])))

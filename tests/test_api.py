@@ -876,6 +876,54 @@ async def test_a_document_is_found_under_any_id(client: httpx.AsyncClient, docum
 
 
 @in_one_loop
+async def test_files_are_taken_in_a_few_at_a_time_and_not_without_end(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.api.documents.MAX_CHARACTERS_AT_ONCE", 20)
+    monkeypatch.setattr("app.api.documents.MAX_DOCUMENTS_PER_REQUEST", 4)
+    lines = [json.dumps({"id": f"few-{n}", "text": f"Line {n} of some."}) for n in (2, 3, 4, 5)]
+    contents = {"few-0.md": "The first.", "broken.pdf": "?", "few-1.md": "", "c.jsonl": "\n".join(lines), "e.md": "E."}
+    upload = [("files", (name, content.encode())) for name, content in contents.items()]
+    receipts = (await client.post("/v1/documents", files=upload)).json()["data"]
+    told = [(one["file"], one["document_id"], one["status"]) for one in receipts]
+    assert told == [
+        ("few-0.md", "few-0.md", "created"),
+        ("broken.pdf", "broken.pdf", "failed"),
+        ("few-1.md", "few-1.md", "failed"),
+        ("c.jsonl", "few-2", "created"),
+        ("c.jsonl", "few-3", "created"),
+        ("c.jsonl", "few-4", "created"),
+        ("c.jsonl", "c.jsonl", "failed"),
+        ("e.md", "e.md", "failed"),
+    ]
+    assert "from here on the request is over the limit of 4 documents" in receipts[-1]["error"]
+    for one in receipts:
+        await client.delete(f"/v1/documents/{one['document_id']}")
+
+
+@in_one_loop
+@pytest.mark.parametrize(
+    "metadata", ['{"a": ' + "[" * 10_000, '{"a": "\\ud800"}', '{"a": ' + '{"b": ' * 5_000 + "1" + "}" * 5_001]
+)
+async def test_hostile_json_is_refused_on_one_line(client: httpx.AsyncClient, metadata: str) -> None:
+    body = f'{{"documents": [{{"id": "hostile", "text": "Text.", "metadata": {metadata}}}]}}'
+    response = await client.post("/v1/documents", content=body, headers={"content-type": "application/json"})
+    assert "\n" not in error_of(response, 400)["message"]
+    response = await client.post("/v1/documents", files=[("files", ("a.md", b"Text."))], data={"metadata": metadata})
+    assert "\n" not in error_of(response, 400)["message"]
+
+
+@in_one_loop
+async def test_what_nobody_sees_in_a_text_is_left_out(client: httpx.AsyncClient) -> None:
+    body = b'{"documents": [{"id": "odd", "title": "A\\u0000B", "text": "One\\u0000 two\\u200b three."}]}'
+    response = await client.post("/v1/documents", content=body, headers={"content-type": "application/json"})
+    assert response.json()["data"][0]["status"] == "created"
+    document = (await client.get("/v1/documents/odd")).json()
+    assert (document["title"], document["text"], document["version"]) == ("AB", "One two three.", 1)
+    await client.delete("/v1/documents/odd")
+
+
+@in_one_loop
 async def test_documents_are_listed_page_by_page(client: httpx.AsyncClient) -> None:
     sent = [{"id": f"page/{n}", "text": f"Page {n}."} for n in range(5)]
     await client.post("/v1/documents", json={"documents": sent})

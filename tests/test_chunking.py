@@ -8,6 +8,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from app import chunking
 from app.chunking import sentences, split
 from app.domain import Chunk
 
@@ -309,3 +310,33 @@ def test_a_passage_that_ends_inside_code_keeps_its_prose():
 @example(">" * 3000 + " deep")
 def test_sentences_of_any_text_say_something(text: str):
     assert all(re.search(r"\w", sentence) for sentence in sentences(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 400_000, "ab,cd.ef;" * 20_000, "a b " * 50_000, "\ufffd\n\n" * 3_000, "- a\n" * 5_000],
+    ids=["one word", "no space", "one line", "no tokens", "one list"],
+)
+def test_a_long_run_of_anything_is_cut_into_chunks_that_fit(text: str) -> None:
+    chunks = split(text, MINILM, max_tokens=160)
+    assert "".join(chunk.text.replace(" ", "").replace("\n", "") for chunk in chunks) == re.sub(r"\s", "", text)
+    assert all(len(MINILM.offsets(chunk.text)) <= 160 for chunk in chunks)
+    assert max(len(chunk.text) for chunk in chunks) <= 16 * 160
+
+
+@settings(deadline=None)
+@given(messy_text, st.integers(2, 12))
+def test_text_that_is_read_some_at_a_time_is_covered_within_the_limit(text: str, at_once: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunking, "MAX_CHARACTERS_AT_ONCE", at_once)
+        chunks = split(text, Words(), max_tokens=8)
+    assert_faithful(text, chunks)
+    assert all(len(Words().offsets(chunk.text)) <= 8 for chunk in chunks)
+
+
+def test_few_pieces_at_a_time_are_joined_as_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = [f"Sentence {number} has {'some ' * (number % 7)}words." for number in range(600)]
+    text = "\n\n".join(" ".join(sentences[start : start + 5]) for start in range(0, 600, 5))
+    whole = split(text, MINILM, max_tokens=64)
+    monkeypatch.setattr(chunking, "MAX_PIECES_AT_ONCE", 200)
+    assert split(text, MINILM, max_tokens=64) == whole

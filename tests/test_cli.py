@@ -240,7 +240,10 @@ def test_a_document_is_deleted_after_a_question(live_service: str, tmp_path: Pat
     cleave_json(live_service, "ingest", note)
     assert cleave(live_service, "documents", "delete", note.name, input="n\n").exit_code == 1
     assert cleave_json(live_service, "documents", "show", note.name)["text"] == "A short-lived note."
-    assert cleave(live_service, "documents", "delete", note.name, input="y\n").exit_code == 0
+    deleted = cleave(live_service, "documents", "delete", note.name, input="y\n")
+    assert deleted.exit_code == 0
+    assert "Deleted to delete?.md, version 1, chunks: 1. Queries that looked for them and found none" in deleted.stderr
+    assert "1 by filter, 1 by dense, 1 by sparse" in deleted.stderr
     again = cleave(live_service, "documents", "delete", note.name, "--yes")
     assert again.exit_code == 1
     assert "There is no document 'to delete?.md'" in again.stderr
@@ -301,6 +304,55 @@ def test_lines_of_a_corpus_are_documents_and_bad_ones_are_named(live_service: st
     assert (result.exit_code, summary["created"], summary["failed"]) == (1, 40, 2)
     assert "corpus.jsonl line 42" in summary["failures"][0]["error"]
     assert cleave_json(live_service, "documents", "show", "line-7")["metadata"] == {"weight": 7}
+
+
+def test_of_lines_with_the_same_id_the_first_is_taken_in(live_service: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "repeated.jsonl"
+    texts = {"repeated": "First.", "other": "Other.", " repeated ": "Second."}
+    corpus.write_text("\n".join(json.dumps({"id": id.strip(), "text": text}) for id, text in texts.items()), "utf-8")
+    for expected in ("created", "unchanged"):
+        summary = json.loads(cleave(live_service, "ingest", corpus, "--json").stdout)
+        assert (summary[expected], summary["failed"]) == (2, 1)
+        assert summary["failures"][0]["error"] == (
+            "repeated.jsonl line 3: repeats the id 'repeated' of line 1, which is kept"
+        )
+    assert cleave_json(live_service, "documents", "show", "repeated")["text"] == "First."
+
+
+def test_a_file_over_the_limit_of_the_service_is_not_even_read(live_service: str, tmp_path: Path) -> None:
+    good, huge = tmp_path / "beside.md", tmp_path / "huge.txt"
+    good.write_text("A good note.", encoding="utf-8")
+    with huge.open("wb") as file:
+        file.truncate(300 * 2**20)
+    result = cleave(live_service, "ingest", huge, good)
+    assert result.exit_code == 1
+    assert "failed  huge.txt: has 300.0 MiB, the limit is 25.0 MiB: split it" in result.stdout
+    assert cleave_json(live_service, "documents", "show", "beside.md")["version"] == 1
+
+
+def test_an_ingestion_that_was_killed_goes_on_where_it_was(live_service: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"id": f"resumed-{n}", "text": f"Note {n} of a long evening. " * 20}) for n in range(200)]
+    corpus.write_text("\n".join(lines), encoding="utf-8")
+
+    def num_held() -> int:
+        return sum(one["id"].startswith("resumed-") for one in cleave_json(live_service, "documents"))
+
+    command = [sys.executable, "-c", "from app.cli import main; main()", "ingest", str(corpus), "--url", live_service]
+    sending = subprocess.Popen(
+        command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while num_held() == 0:
+        assert sending.poll() is None, "it was done before it could be killed"
+    sending.kill()
+    sending.wait()
+    held = num_held()
+    assert 0 < held < 200
+    summary = cleave_json(live_service, "ingest", corpus)
+    # What was on its way when it was killed may still have been written since.
+    assert held <= summary["unchanged"] < 200
+    assert (summary["created"] + summary["unchanged"], summary["updated"], summary["failed"]) == (200, 0, 0)
+    assert {one["version"] for one in cleave_json(live_service, "documents") if "resumed-" in one["id"]} == {1}
 
 
 def test_one_document_that_the_service_refuses_does_not_take_its_batch_along(live_service: str, tmp_path: Path) -> None:

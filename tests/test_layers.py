@@ -16,7 +16,7 @@ LAYERS = [
     {"telemetry", "config", "dashboard"},
     {"loaders", "chunking", "sparse", "citations", "control_tokens", "fusion", "selection", "self_query"},
     {"prompts", "grounding"},
-    {"gate", "answerability", "models", "sizing"},
+    {"gate", "answerability", "models", "sizing", "acceleration"},
     {"embedding", "store", "llm"},
     {"planning", "query_encoding", "ingestion", "deletion", "reranking"},
     {"retrieval"},

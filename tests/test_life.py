@@ -317,7 +317,7 @@ class MemoryLife(Life):
 
 @pytest.mark.parametrize("machine", [EdgeLife, MemoryLife])
 def test_any_row_of_steps_leaves_what_the_model_says(machine: type[Life]) -> None:
-    few = settings(max_examples=4, stateful_step_count=8, deadline=None)
+    few = settings(max_examples=3, stateful_step_count=6, deadline=None)
     run_state_machine_as_test(machine, settings=few)
 
 

@@ -15,7 +15,7 @@ from reportlab.pdfgen.canvas import Canvas
 
 from app.domain import Document
 from app.errors import TooLarge, UnreadableFile
-from app.loaders import SUFFIXES, iterate_jsonl, load_file, normalise
+from app.loaders import SUFFIXES, iterate_jsonl, load_file, normalise, read_lines
 
 MEBIBYTE = 2**20
 
@@ -216,6 +216,53 @@ def test_unreadable_file_says_in_one_line_what_to_do(name: str, content: bytes, 
     assert advice in refusal(name, content)
 
 
+def zip_of(parts: int) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for number in range(parts):
+            archive.writestr(str(number), b"")
+    return buffer.getvalue()
+
+
+def test_a_word_file_of_very_many_parts_is_not_opened():
+    assert "more than 10000 parts" in refusal("a.docx", zip_of(10_001), 2 * MEBIBYTE)
+
+
+def test_what_is_packed_inside_a_word_file_stays_packed():
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("word/document.xml", b" " * 50 * MEBIBYTE)
+    buffer = io.BytesIO(word("Only this is text."))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr("word/embeddings/inner.zip", bomb.getvalue())
+        archive.writestr("word/embeddings/inner.docx", bomb.getvalue())
+    assert load("a.docx", buffer.getvalue()).text == "Only this is text."
+
+
+def test_a_word_file_that_lies_about_its_size_is_not_unpacked():
+    whole = with_part(word("Hello"), "word/document.xml", b" " * 30 * MEBIBYTE)
+    claimed = whole.replace((30 * MEBIBYTE).to_bytes(4, "little"), (1000).to_bytes(4, "little"))
+    assert claimed != whole
+    assert "is damaged" in refusal("a.docx", claimed)
+
+
+def test_entities_that_multiply_are_not_expanded():
+    levels = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
+    bomb = f'<?xml version="1.0"?><!DOCTYPE d [<!ENTITY e0 "aaaaaaaaaa">{levels}]><d>&e11;</d>'
+    assert "is damaged" in refusal("a.docx", with_part(word("Hello"), "word/document.xml", bomb.encode()))
+
+
+@pytest.mark.parametrize("tag", ["div", "ul><li", "table><tr><td", "blockquote"])
+def test_deeply_nested_html_is_read_or_refused_on_one_line(tag: str):
+    page = f"<{tag}>" * 20_000 + "deep words"
+    try:
+        document = load("a.html", page)
+    except UnreadableFile as error:
+        assert "\n" not in error.message  # noqa: PT017
+    else:
+        assert "deep words" in document.text
+
+
 def test_a_file_over_the_limit_is_too_large():
     assert refusal("a.md", b"x" * 3 * MEBIBYTE, 2 * MEBIBYTE) == "a.md: has 3.0 MiB, the limit is 2.0 MiB: split it"
 
@@ -283,6 +330,30 @@ def test_bad_lines_are_named_and_do_not_spoil_the_others():
         "c.jsonl line 7: byte 0xE9 in line 1 is not UTF-8; convert it, for example: iconv -f WINDOWS-1252 -t UTF-8",
     ]
     assert messages[5].startswith("c.jsonl line 8: is damaged")
+
+
+def test_of_lines_with_the_same_id_the_first_is_kept():
+    lines = [b'{"id": "a", "text": "First"}', b"", b'{"id": 7, "text": "Other"}', b'{"id": "a", "text": "Second"}']
+    lines += [b'{"id": "7", "text": "Third"}', b'{"id": "b", "text": "Last"}']
+    found = list(iterate_jsonl(lines, name="c.jsonl"))
+    assert [one.text for one in found if isinstance(one, Document)] == ["First", "Other", "Last"]
+    assert [one.message for one in found if isinstance(one, UnreadableFile)] == [
+        "c.jsonl line 4: repeats the id 'a' of line 1, which is kept",
+        "c.jsonl line 5: repeats the id '7' of line 3, which is kept",
+    ]
+
+
+def test_a_line_over_the_limit_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("app.loaders.MAX_LINE_BYTES", MEBIBYTE)
+    long = json.dumps({"id": "long", "text": "x" * 3 * MEBIBYTE})
+    file = io.BytesIO(b'{"id": "a", "text": "Before"}\n' + long.encode() + b'\n{"id": "b", "text": "After"}')
+    lines = list(read_lines(file))
+    assert [len(line) for line in lines] == [30, MEBIBYTE + 1, 28]
+    before, error, after = iterate_jsonl(lines, name="c.jsonl")
+    assert isinstance(before, Document)
+    assert isinstance(after, Document)
+    assert isinstance(error, UnreadableFile)
+    assert error.message == "c.jsonl line 2: has more than 1 MiB: split its text"
 
 
 def test_a_jsonl_file_takes_no_id_of_its_own():

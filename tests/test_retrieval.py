@@ -10,7 +10,8 @@ import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app import retrieval
+from app import ingestion, retrieval
+from app.chunking import split
 from app.domain import Chunk, Document, EncodedChunk, Filters, SearchQuery, SearchResult
 from app.embedding import Embedder
 from app.errors import ConfigurationError, DocumentNotFound, UnknownFilter
@@ -159,7 +160,7 @@ async def test_a_sentence_is_scored_by_its_cosine_to_the_question(
         best = (await search(retriever, num_scored=3)).passages[0]
         texts = [sentence.text for sentence in best.sentences]
         assert texts == ["The Reading Room outage lasted 52 minutes.", "Nobody was on call that day."]
-        question, *vectors = await embedder.embed([QUESTION, *texts])
+        question, *vectors = await embedder.embed_documents([QUESTION, *texts])
         expected = [float(vector @ question) for vector in vectors]
         assert [sentence.score for sentence in best.sentences] == pytest.approx(expected, abs=1e-4)
         assert best.sentences[0].score > 0.5 > best.sentences[1].score
@@ -267,15 +268,15 @@ async def test_what_another_process_writes_is_recognised_in_time(
     question = "What does Yusra recommend?"
     assert (await recognising(retriever, question)).recognised_filters == {}
     advice = Document("advice", "Advice", "Write less.", metadata={"author": "Yusra Halim"})
-    vector = (await embedder.embed([advice.text]))[0]
+    vector = (await embedder.embed_documents([advice.text]))[0]
     await store.put(advice, [EncodedChunk(Chunk(0, advice.text, 0, 11), tuple(vector.tolist()), {})])
     assert (await recognising(retriever, question)).recognised_filters == {"author": "Yusra Halim"}
 
 
 @in_one_loop
 async def test_a_follow_up_is_searched_for_with_the_questions_before_it(retriever: LocalRetriever) -> None:
-    alone = await retriever.search(SearchQuery("And when did it end?", 3))
-    found = await retriever.search(SearchQuery("And when did it end?", 3, context=(QUESTION,), num_scored=1))
+    alone = await retriever.search(SearchQuery("And how much of it is there?", 3))
+    found = await retriever.search(SearchQuery("And how much of it is there?", 3, context=(QUESTION,), num_scored=1))
     assert (alone.passages[0].document_id, found.passages[0].document_id) == ("cache", "outage")
     assert found.passages[0].sentences
 
@@ -371,9 +372,35 @@ async def test_no_chunk_is_ever_cut_by_the_encoders_window(empty: LocalRetriever
 @given(title=st.text(max_size=300), text=st.text(min_size=1, max_size=400), repeat=st.integers(1, 20))
 def test_whatever_is_written_fits_the_window(embedder: Embedder, title: str, text: str, repeat: int) -> None:
     ingestor = Ingestor(embedder, None, ChunkingSettings())  # type: ignore[arg-type]  # nothing is stored
-    draft = ingestor._cut(Document("d", title, text * repeat), False)
-    assert all(embedder.num_tokens(one) <= embedder.window for one in draft.texts)
-    assert all(one.endswith(chunk.text) for one, chunk in zip(draft.texts, draft.chunks, strict=True))
+    chunks = split(text * repeat, embedder, max_tokens=160)
+    draft = ingestion._Draft(Document("d", title, text * repeat), chunks, is_update=False)
+    texts, _ = ingestor._read([(draft, chunk) for chunk in chunks])
+    assert draft.num_truncated == 0
+    assert all(embedder.num_tokens(one) <= embedder.window for one in texts)
+    assert all(one.endswith(chunk.text) for one, chunk in zip(texts, chunks, strict=True))
+
+
+@in_one_loop
+async def test_documents_are_encoded_a_few_chunks_at_a_time(
+    empty: LocalRetriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def text(number: int, num_paragraphs: int) -> str:
+        return "\n\n".join(f"Paragraph {n} of {number}. " + "It goes on and on. " * 25 for n in range(num_paragraphs))
+
+    documents = [Document(f"d{n}", "T", text(n, size)) for n, size in enumerate((1, 2, 0, 7, 1, 1, 12, 3))]
+    documents.insert(4, documents[0])
+    monkeypatch.setattr(ingestion, "MAX_CHUNKS_AT_ONCE", 4)
+    first, second = await empty.ingest(documents), await empty.ingest(documents)
+    assert [receipt.document_id for receipt in first] == [document.id for document in documents]
+    assert [receipt.status for receipt in first] == ["created"] * 4 + ["unchanged"] + ["created"] * 4
+    assert {receipt.status for receipt in second} == {"unchanged"}
+    listed = await empty.documents()
+    assert {one.id: one.num_chunks for one in listed} == {one.document_id: one.num_chunks for one in first}
+    assert max(one.num_chunks for one in listed) >= 12
+    for document in documents:
+        assert (await empty.document(document.id))[1] == document.text
+    found = await search(empty, "Paragraph 9 of 6", top_k=1)
+    assert found.passages[0].text.startswith("Paragraph 9 of 6.")
 
 
 def test_chunks_that_the_window_would_cut_are_refused_with_the_largest_that_fits(embedder: Embedder) -> None:
@@ -389,6 +416,8 @@ def test_the_manifest_names_all_that_a_vector_depends_on(embedder: Embedder) -> 
         "embedding.revision",
         "embedding.dimension",
         "embedding.window",
+        "embedding.query_prefix",
+        "embedding.document_prefix",
         "chunking.max_tokens",
         "text.format",
         "sparse.model",
@@ -406,8 +435,8 @@ def test_the_manifest_names_all_that_a_vector_depends_on(embedder: Embedder) -> 
 @in_one_loop
 async def test_a_batch_keeps_the_order_of_its_texts(embedder: Embedder) -> None:
     texts = [("word " * length) + str(length) for length in (300, 1, 40, 2, 0, 90, 3, 20, 5, 60)]
-    together = await embedder.embed(texts)
-    one_by_one = np.vstack([await embedder.embed([text]) for text in texts])
+    together = await embedder.embed_documents(texts)
+    one_by_one = np.vstack([await embedder.embed_documents([text]) for text in texts])
     assert together.shape == (10, embedder.dimension)
     np.testing.assert_allclose(together, one_by_one, atol=2e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
@@ -415,13 +444,13 @@ async def test_a_batch_keeps_the_order_of_its_texts(embedder: Embedder) -> None:
 
 @in_one_loop
 async def test_vectors_have_unit_length_in_half_precision_too() -> None:
-    vectors = await Embedder(EmbeddingSettings(dtype="bfloat16")).embed([OUTAGE.text, CACHE.text, QUESTION])
+    vectors = await Embedder(EmbeddingSettings(dtype="bfloat16")).embed_documents([OUTAGE.text, CACHE.text, QUESTION])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
 @in_one_loop
 async def test_no_texts_have_no_vectors(embedder: Embedder) -> None:
-    assert (await embedder.embed([])).shape == (0, embedder.dimension)
+    assert (await embedder.embed_documents([])).shape == (0, embedder.dimension)
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=200))

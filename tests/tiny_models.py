@@ -1,9 +1,10 @@
 """Models that a test makes, of a few hundred kilobytes.
 
-Real Llamas, each of which only ever says one word, and real BERTs that score a text by one word.
+Real Llamas, each of which only ever says one word, real BERTs that score a text by one word, and tiny encoders.
 """
 
 from pathlib import Path
+from typing import Any
 
 VOCABULARY = ("<s>", "<unk>", "\n", "system", "user", "assistant", "alpha", "beta")
 TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}assistant"
@@ -101,3 +102,38 @@ def make_cross_encoder(folder: Path, *, marker: str, max_length: int = 64, num_l
         model.classifier.weight[:] = 100 * direction
     model.save_pretrained(folder)
     return folder
+
+
+def make_encoder(
+    folder: Path, transformer: Any, *, pooling: str = "mean", prompts: dict[str, str] | None = None
+) -> Path:
+    """Write a sentence-transformers model with a window of 64 tokens, whose transformer has random weights.
+
+    The transformer's configuration needs room for 20 entries in the vocabulary, of which the first is the padding.
+    """
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from tokenizers import Tokenizer, processors
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import AutoModel, PreTrainedTokenizerFast
+
+    entries = ["<pad>", "<unk>", "<s>", "</s>", *"query passage : A table stays in one piece and its heading ?".split()]
+    words = Tokenizer(WordLevel({word: n for n, word in enumerate(entries)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.model_max_length = 64
+    torch.manual_seed(0)
+    hf = folder / "transformer"
+    AutoModel.from_config(transformer).save_pretrained(hf)
+    tokenizer.save_pretrained(hf)
+    module = Transformer(str(hf), max_seq_length=64)
+    model = SentenceTransformer(
+        modules=[module, Pooling(module.get_embedding_dimension(), pooling_mode=pooling)], prompts=prompts, device="cpu"
+    )
+    model.save(str(folder / "encoder"))
+    return folder / "encoder"

@@ -1,7 +1,6 @@
 """Routes: documents in, listed, read and deleted; and search without an answer."""
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
@@ -206,8 +205,8 @@ def _parse_metadata(value: object) -> dict[str, Scalar]:
     if not value:
         return {}
     try:
-        return METADATA.validate_python(json.loads(str(value)))
-    except (ValueError, ValidationError):
+        return METADATA.validate_json(str(value))
+    except ValidationError:
         raise InvalidRequest(
             "metadata must be a JSON object of texts, numbers and booleans.", param="metadata"
         ) from None
