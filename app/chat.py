@@ -6,6 +6,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
+from app.answerability import assess
 from app.chunking import sentences
 from app.citations import Citation, MarkerFilter, find_citations, without_markers
 from app.domain import (
@@ -17,13 +18,14 @@ from app.domain import (
     Grounding,
     Message,
     Passage,
+    Refusal,
     SamplingParams,
     SearchQuery,
     SearchResult,
 )
 from app.errors import DeadlineExceeded, LLMUnavailable, Unavailable
 from app.gate import Gate
-from app.grounding import is_supported, rank_evidence
+from app.grounding import is_supported
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
 from app.planning import Plan, RewritingFailed, plan_query, rewrite_question
@@ -34,6 +36,7 @@ from app.settings import AnswerSettings, PlanningSettings
 from app.telemetry import Stopwatch, logger
 
 REFUSAL = "The documents do not hold an answer to this question."
+NEAR_MISS = "The sources come closest."
 REWRITING_SHARE = 0.25
 """Of the request's time: what making a follow-up stand alone may take."""
 RETRIEVAL_SHARE = 0.5
@@ -93,6 +96,8 @@ class AnswerEnd:
     unsupported: tuple[str, ...]
     degraded: tuple[str, ...]
     timings_ms: Mapping[str, float]
+    refusal: Refusal | None = None
+    """Set exactly when `grounded` is `refused`."""
 
 
 AnswerEvent: TypeAlias = AnswerStart | AnswerText | AnswerEnd
@@ -131,10 +136,11 @@ class ChatService:
         found = await self._retrieve(run) if request.use_documents else SearchResult(())
         passages = found.passages
         start = AnswerStart(passages, run.query, tuple(run.degraded), found.recognised_filters, found.notice)
-        if request.use_documents and not self._holds_an_answer(run.query, passages):
+        refusal = self._refusal(run, found) if request.use_documents else None
+        if refusal:
             yield start
-            yield AnswerText(_refusal(found))
-            yield run.end(grounded="refused")
+            yield AnswerText(_in_words(refusal, found))
+            yield run.end(grounded="refused", refusal=refusal)
             return
         engines = (self._llm, self._fallback)
         generation = self._generation(request, passages)
@@ -147,11 +153,13 @@ class ChatService:
         async with first_delta as deltas:
             yield replace(start, degraded=tuple(run.degraded))
             text = ""
-            async with aclosing(self._checked(run, deltas, passages[: self._settings.num_passages])) as pieces:
+            async with aclosing(self._checked(run, deltas, generation.passages)) as pieces:
                 async for piece in pieces:
                     text += piece
                     yield AnswerText(piece)
-        yield run.end(grounded=run.grounded, citations=find_citations(text) if request.use_documents else ())
+        # What the model was not given cannot be cited, whatever brackets it puts around a number.
+        citations = [one for one in find_citations(text) if 1 <= one.n <= len(generation.passages)]
+        yield run.end(grounded=run.grounded, citations=citations)
 
     async def _retrieve(self, run: "_Run") -> SearchResult:
         await self._make_standalone(run)
@@ -187,11 +195,15 @@ class ChatService:
         except RewritingFailed as error:
             run.degrade("rewriting_skipped", str(error))
 
-    def _holds_an_answer(self, question: str, passages: tuple[Passage, ...]) -> bool:
+    def _refusal(self, run: "_Run", found: SearchResult) -> Refusal | None:
+        if not found.passages:
+            return Refusal("no_match" if found.notice else "off_topic")
         if self._grounding == "off":
-            return bool(passages)
-        evidence = rank_evidence(question, passages)
-        return bool(evidence) and evidence[0].score >= self._settings.min_evidence
+            return None
+        judged = assess(run.query, found.passages)
+        if judged.score >= self._settings.min_evidence:
+            return None
+        return Refusal("off_topic" if judged.is_off_topic else "not_in_passages", judged.score, judged.missing)
 
     def _generation(self, request: ChatRequest, passages: tuple[Passage, ...]) -> GenerationRequest:
         instructions, sampling = CITING_INSTRUCTIONS, request.sampling
@@ -264,14 +276,19 @@ class ChatService:
             run.grounded = "flagged" if run.unsupported else "model"
 
 
-def _refusal(found: SearchResult) -> str:
-    """Word the refusal: what the question itself narrowed the search to is said."""
+def _in_words(refusal: Refusal, found: SearchResult) -> str:
+    """Word a refusal: what the question itself narrowed the search to is said, and what no source mentions."""
     if found.notice:
         return found.notice
+    said = REFUSAL
     if found.recognised_filters:
         named = describe(found.recognised_filters)
-        return f"The documents with {named}, which the question names, do not hold an answer to it."
-    return REFUSAL
+        said = f"The documents with {named}, which the question names, do not hold an answer to it."
+    if refusal.reason == "not_in_passages":
+        said += f" {NEAR_MISS}"
+        if refusal.missing:
+            said += f" None of them mentions {', '.join(refusal.missing)}."
+    return said
 
 
 class _Run:
@@ -337,7 +354,9 @@ class _Run:
         finally:
             await stream.aclose()
 
-    def end(self, *, grounded: Grounded, citations: Sequence[Citation] = ()) -> AnswerEnd:
+    def end(
+        self, *, grounded: Grounded, citations: Sequence[Citation] = (), refusal: Refusal | None = None
+    ) -> AnswerEnd:
         """Sum the answer up."""
         self.watch.mark("total")
         return AnswerEnd(
@@ -351,6 +370,7 @@ class _Run:
             unsupported=self.unsupported,
             degraded=tuple(self.degraded),
             timings_ms=self.watch.timings_ms,
+            refusal=refusal,
         )
 
     async def _deltas(self, stream: AsyncGenerator[Delta, None], num_passages: int) -> AsyncGenerator[Delta, None]:

@@ -60,5 +60,7 @@ def find_citations(text: str) -> list[Citation]:
 
 
 def without_markers(text: str) -> str:
-    """Strip all markers and the space before them."""
-    return re.sub(rf"\s*{MARKER.pattern}", "", text)
+    """Strip all markers and the space before them, also those that another one hides, such as `[[1]2]`."""
+    while (stripped := re.sub(rf"\s*{MARKER.pattern}", "", text)) != text:
+        text = stripped
+    return text

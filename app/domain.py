@@ -143,6 +143,20 @@ class Passage:
     end: int = 0
     also_in: tuple[str, ...] = ()
     """Other documents that hold nearly the same text."""
+    similarity: float | None = None
+    """Cosine of the chunk to the question; None where the dense list does not hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a question was not answered: no document matches the filters, none is about it, or none holds the answer.
+
+    `score` was below `answer.min_evidence`; `missing` are names and numbers of the question that no passage holds.
+    """
+
+    reason: Literal["no_match", "off_topic", "not_in_passages"]
+    score: float = 0.0
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

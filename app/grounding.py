@@ -54,15 +54,15 @@ def rank_evidence(question: str, passages: Sequence[Passage]) -> list[Evidence]:
 
     A question word weighs more the fewer candidate sentences hold it (the IDF of BM25, over the candidates).
     """
-    asked = _stems(question)
+    asked = stems_of(question)
     candidates = [
         (n, place, sentence)
         for n, place, passage in _numbered(passages)
         for sentence in passage.sentences
-        if _stems(sentence.text) - asked  # A sentence that only repeats the question answers nothing.
+        if stems_of(sentence.text) - asked  # A sentence that only repeats the question answers nothing.
     ]
-    about = [_stems(_description(passage)) for passage in passages]
-    stems = [_stems(sentence.text) | about[place] for _, place, sentence in candidates]
+    about = [stems_of(description_of(passage)) for passage in passages]
+    stems = [stems_of(sentence.text) | about[place] for _, place, sentence in candidates]
     weights = {word: _idf(sum(word in held for held in stems), len(stems)) for word in asked}
     total = sum(weights.values()) or 1.0
     evidence = [
@@ -100,16 +100,16 @@ def supporting_evidence(sentence: str, question: str, evidence: Collection[Evide
     It must hold every number and name of `sentence` and most of the words that the question does not; a sentence
     that adds nothing to the question answers nothing and has no support.
     """
-    new_words = _stems(sentence) - _stems(question)
+    new_words = stems_of(sentence) - stems_of(question)
     if not new_words:
         return None
     supporting = [one for one in evidence if _supports(one.text, sentence, question, new_words, MIN_COVERAGE)]
-    return max(supporting, key=lambda one: len(new_words & _stems(one.text)), default=None)
+    return max(supporting, key=lambda one: len(new_words & stems_of(one.text)), default=None)
 
 
 def is_supported(sentence: str, question: str, passages: Collection[Passage]) -> bool:
     """Tell whether some passage as a whole holds the numbers, the names and most of the new words of `sentence`."""
-    new_words = _stems(sentence) - _stems(question)
+    new_words = stems_of(sentence) - stems_of(question)
     return not new_words or any(
         _supports(f"{passage.title} {passage.text}", sentence, question, new_words, MIN_COVERAGE_OF_PASSAGE)
         for passage in passages
@@ -122,19 +122,20 @@ def _supports(source: str, sentence: str, question: str, new_words: set[str], mi
     known = source.casefold() + " " + question.casefold()
     if any(name.casefold() not in known for name in _NAME.findall(sentence)):
         return False
-    return len(new_words & _stems(source)) >= min_coverage * len(new_words)
+    return len(new_words & stems_of(source)) >= min_coverage * len(new_words)
 
 
 def _numbered(passages: Sequence[Passage]) -> list[tuple[int, int, Passage]]:
     return [(place + 1, place, passage) for place, passage in enumerate(passages)]
 
 
-def _description(passage: Passage) -> str:
-    """What every sentence of a passage is also about: who wrote it, and under which title."""
+def description_of(passage: Passage) -> str:
+    """Say what every sentence of a passage is also about: who wrote it, and under which title."""
     return " ".join([passage.title, *(str(value) for value in passage.metadata.values())])
 
 
-def _stems(text: str) -> set[str]:
+def stems_of(text: str) -> set[str]:
+    """Give the content words of a text, cut to what their inflections share."""
     words = (word.casefold() for word in _WORD.findall(text))
     return {word[:STEM_LENGTH] for word in words if word not in STOP_WORDS}
 

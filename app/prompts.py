@@ -1,8 +1,10 @@
 """The prompt: what the model is told, and how it is packed into the context window."""
 
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
+from app.citations import MARKER
 from app.domain import GenerationRequest, Message, Passage
 from app.errors import ContextTooLong
 
@@ -23,6 +25,8 @@ REWRITING_INSTRUCTIONS = (
 MAX_REWRITING_TURNS = 6
 MAX_TURN_CHARACTERS = 500
 """Of one turn in that prompt: what a follow-up refers to stands at the beginning of an answer."""
+
+_BLANK_LINES = re.compile(r"\n\s*\n")
 
 Render = Callable[[Sequence[Message]], list[int]]
 """A chat template with its tokenizer: messages to prompt token ids."""
@@ -121,4 +125,15 @@ def _system(parts: Sequence[str]) -> list[Message]:
 
 
 def _numbered(passages: Sequence[Passage]) -> str:
-    return "\n\n".join(f"[{n}] {passage.title}\n{passage.text}" for n, passage in enumerate(passages, start=1))
+    return "\n\n".join(f"[{n}] {_quoted(passage)}" for n, passage in enumerate(passages, start=1))
+
+
+def _quoted(passage: Passage) -> str:
+    """Write a passage as one block of text that cannot pass for several.
+
+    Blank lines part the blocks and `[2]` begins one, so a passage may hold neither; `[ 2 ]` is no citation if a model
+    copies it, and code with an index still means the same.
+    """
+    title = " ".join(passage.title.split())
+    text = _BLANK_LINES.sub("\n", f"{title}\n{passage.text.strip()}")
+    return MARKER.sub(r"[ \1 ]", text)

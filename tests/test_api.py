@@ -250,6 +250,8 @@ async def test_what_the_documents_do_not_hold_is_refused_in_words(client: httpx.
     body = (await ask(client, question="Who won the 1998 football World Cup?")).json()
     assert body["choices"][0]["message"]["content"] == REFUSAL
     assert (body["rag"]["grounded"], body["rag"]["cited"], body["usage"]["total_tokens"]) == ("refused", [], 0)
+    assert body["rag"]["refusal"]["reason"] == "off_topic"
+    assert body["rag"]["refusal"]["score"] < 0.4
 
 
 @in_one_loop

@@ -12,9 +12,9 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.chat import REFUSAL, AnswerEnd, AnswerStart, AnswerText, ChatRequest, ChatService
+from app.chat import NEAR_MISS, REFUSAL, AnswerEnd, AnswerStart, AnswerText, ChatRequest, ChatService
 from app.citations import find_citations
-from app.domain import Document, Grounding, Message, Passage, SamplingParams, Sentence
+from app.domain import Document, Grounding, Message, Passage, Refusal, SamplingParams, Sentence
 from app.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, LLMUnavailable, UnknownFilter
 from app.gate import Gate
 from app.prompts import CITING_INSTRUCTIONS, PLAIN_INSTRUCTIONS, compose
@@ -122,6 +122,20 @@ async def test_the_refusal_needs_no_engine(retriever: LocalRetriever) -> None:
     llm = ScriptedLLM("France.")
     answer = await answered(service(retriever, llm), asking("Who won the 1998 football World Cup?"))
     assert (answer.text, answer.end.grounded, answer.end.citations) == (REFUSAL, "refused", ())
+    assert answer.end.refusal
+    assert answer.end.refusal.reason == "off_topic"
+    assert not llm.requests
+
+
+@in_one_loop
+async def test_a_near_miss_is_refused_with_what_is_missing(retriever: LocalRetriever) -> None:
+    llm = ScriptedLLM("In 1868.")
+    answer = await answered(service(retriever, llm), asking("Was the lighthouse of Vesterby built in 1931?"))
+    assert answer.text == f"{REFUSAL} {NEAR_MISS} None of them mentions 1931."
+    assert answer.end.grounded == "refused"
+    assert answer.end.refusal
+    assert (answer.end.refusal.reason, answer.end.refusal.missing) == ("not_in_passages", ("1931",))
+    assert answer.start.sources[0].document_id == "wiki"
     assert not llm.requests
 
 
@@ -130,6 +144,7 @@ async def test_a_filter_that_nothing_matches_is_said(retriever: LocalRetriever) 
     answer = await answered(service(retriever, ScriptedLLM("Hi."), "off"), asking(filters={"author": "Nobody"}))
     assert answer.text == 'No document matches the filters: none has author "Nobody".'
     assert (answer.end.grounded, answer.start.sources, answer.start.notice) == ("refused", (), answer.text)
+    assert answer.end.refusal == Refusal("no_match")
 
 
 @in_one_loop

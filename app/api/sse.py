@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from app.api.errors import error_body, internal_error
 from app.chat import AnswerEnd, AnswerEvent, AnswerStart, AnswerText
-from app.domain import Passage
+from app.domain import Passage, Refusal
 from app.errors import CleaveError
 from app.telemetry import request_id
 
@@ -106,6 +106,7 @@ class CompletionWriter:
             "presented": list(range(1, event.num_presented + 1)),
             "cited": sorted({citation.n for citation in event.citations}),
             "grounded": event.grounded,
+            "refusal": _refusal(event.refusal),
             "unsupported": list(event.unsupported),
             "removed_markers": event.num_removed_markers,
             "degraded": list(event.degraded),
@@ -165,6 +166,12 @@ async def with_heartbeats(lines: AsyncGenerator[str, None]) -> AsyncGenerator[st
         finally:
             pending.cancel()
             await asyncio.gather(pending, return_exceptions=True)
+
+
+def _refusal(refusal: Refusal | None) -> dict[str, Any] | None:
+    if refusal is None:
+        return None
+    return {"reason": refusal.reason, "score": round(refusal.score, 4), "missing": list(refusal.missing)}
 
 
 def _data(body: dict[str, Any]) -> str:

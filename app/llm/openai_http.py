@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from app.control_tokens import control_pattern, defused
 from app.domain import Delta, FinishReason, GenerationRequest, Message, ModelInfo
 from app.errors import (
     CleaveError,
@@ -43,6 +44,8 @@ ASSUMED_CONTEXT_WINDOW = 4096
 BYTES_PER_TOKEN, TOKENS_PER_MESSAGE = 2, 8
 """For a server without a tokenizer. A small English vocabulary takes 3.8 bytes of English per token, 2.6 of German, 2.3
 of Russian and 1.7 of Chinese, larger ones more; a chat template puts some 6 tokens around a message."""
+
+CONTROL = control_pattern()
 
 FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "repetition": "stop", "length": "length"}
 """Others, such as `abort` or `content_filter`, mean that the answer is not whole."""
@@ -361,7 +364,7 @@ def _without_login(url: str) -> str:
 
 
 def _wire(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+    return [{"role": message.role, "content": message.content} for message in defused(messages, CONTROL)]
 
 
 async def _chunks(response: httpx.Response) -> AsyncGenerator[_Chunk, None]:

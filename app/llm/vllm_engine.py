@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from app.control_tokens import control_pattern, control_tokens, defused
 from app.domain import Delta, FinishReason, GenerationRequest, Message, ModelInfo, SamplingParams
 from app.errors import CleaveError, ConfigurationError, InvalidRequest, LLMUnavailable, Overloaded
 from app.models import resolve_chat_model
@@ -27,6 +28,7 @@ class VLLMEngine:
         self._context_window = engine.model_config.max_model_len
         self._cache_meter = cache_meter
         self._chat_template = chat_template
+        self._control = control_pattern(control_tokens(self._tokenizer))
 
     @classmethod
     async def start(cls, settings: LLMSettings, *, device: Device, data_dir: Path) -> "VLLMEngine":
@@ -124,7 +126,7 @@ class VLLMEngine:
     def _render(self, messages: Sequence[Message]) -> list[int]:
         try:
             token_ids: list[int] = self._tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in messages],
+                [{"role": message.role, "content": message.content} for message in defused(messages, self._control)],
                 chat_template=self._chat_template,
                 add_generation_prompt=True,
                 tokenize=True,

@@ -244,7 +244,7 @@ def current_writes(record: Payload | None) -> set[str]:
     return {record["write"], record.get("replaces", "")} if record else set()
 
 
-def passage(payload: Payload, score: float) -> Passage:
+def passage(payload: Payload, score: float, similarity: float | None = None) -> Passage:
     """Read a chunk that was found."""
     return Passage(
         chunk_id=f"{payload['document_id']}#{payload['index']}",
@@ -256,6 +256,7 @@ def passage(payload: Payload, score: float) -> Passage:
         score=score,
         start=payload["start"],
         end=payload["end"],
+        similarity=similarity,
     )
 
 
@@ -282,7 +283,7 @@ def best_passages(
                 lists[-1][key] = score
     fused = fuse(lists, weights, length=num_candidates)
     order = sorted(fused, key=lambda key: (-round(fused[key], SCORE_DIGITS), key))
-    return [passage(current[key], fused[key]) for key in order[:limit]]
+    return [passage(current[key], fused[key], lists[0].get(key)) for key in order[:limit]]
 
 
 def difference(stored: Manifest, wanted: Manifest) -> str:
