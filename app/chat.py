@@ -54,6 +54,7 @@ class ChatRequest:
     top_k: int
     timeout_s: float
     filters: Filters = field(default_factory=dict)
+    collection: str | None = None
     use_documents: bool = True
 
 
@@ -138,7 +139,13 @@ class ChatService:
         yield run.end(grounded=run.grounded, citations=find_citations(text) if request.use_documents else ())
 
     async def _retrieve(self, run: "_Run") -> tuple[Passage, ...]:
-        query = SearchQuery(run.query, run.request.top_k, run.request.filters, num_scored=self._settings.num_passages)
+        query = SearchQuery(
+            run.query,
+            run.request.top_k,
+            run.request.filters,
+            num_scored=self._settings.num_passages,
+            collection=run.request.collection,
+        )
         with run.watch.stage("retrieve"):
             found = await run.within(
                 RETRIEVAL_SHARE * run.request.timeout_s, self._retriever.search(query), "retrieval"

@@ -517,4 +517,6 @@ def check_readiness(url: str, readiness: Record | None) -> Finding:
             return Finding("service", "ok", detail)
         case "degraded":
             return Finding("service", "warning", f"answers only in quotes ({reasons})", "See the service's log.")
-    return Finding("service", "failed", f"cannot answer ({reasons})", "Wait for it to start, or see its log.")
+    is_mismatch = parts.get("retriever", {}).get("code") == "collection_mismatch"
+    fix = "Run `cleave reindex`." if is_mismatch else "Wait for it to start, or see its log."
+    return Finding("service", "failed", f"cannot answer ({reasons})", fix)

@@ -1,13 +1,14 @@
 """The encoder: texts to vectors, through sentence-transformers."""
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app.models import resolve_encoder
+from app.models import identify, resolve_encoder
 from app.settings import EmbeddingSettings
 
 Vectors = NDArray[np.float32]
@@ -35,7 +36,10 @@ class Embedder:
         # One forward pass at a time: two would share the same cores and both be late.
         self._lock = asyncio.Lock()
         self.model_name = settings.model
-        self.revision = found.revision
+        self.revision = identify(found)
+        self.tokenizer = hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
+        # Put before a question and before a text of a document.
+        self.query_prompt = self.document_prompt = ""
         self.window: int = self._model.get_max_seq_length()
         self.dimension: int = self._model.get_embedding_dimension()
 

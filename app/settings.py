@@ -35,6 +35,13 @@ class ChunkingSettings(Branch):
     max_tokens: int = Field(160, ge=16, description="of one chunk's text, without its title")
 
 
+class IndexSettings(Branch):
+    """What a collection is written with."""
+
+    embedding: EmbeddingSettings = EmbeddingSettings()
+    chunking: ChunkingSettings = ChunkingSettings()
+
+
 class StoreSettings(Branch):
     """Where chunks live. `embedded` has one owner process; `server` is a Qdrant server; `memory` is for tests."""
 

@@ -23,8 +23,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "e
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 VERBS = set(typer.main.get_command(main).commands)  # type: ignore[attr-defined]
 
-NEVER_ANSWERED = {"unreadable_file", "collection_mismatch"}
-"""What is reported per file; what ends the start."""
+NEVER_ANSWERED = {"unreadable_file"}
+"""What is reported per file."""
 FOREIGN_CODES = {"bad_request", "method_not_allowed", "unsupported_media_type"}
 """Of errors that are the web framework's own."""
 

@@ -15,7 +15,7 @@ from app.domain import Document, Filters, SearchQuery, SearchResult
 from app.embedding import Embedder
 from app.errors import ConfigurationError, DocumentNotFound, UnknownFilter
 from app.ingestion import Ingestor, check_window, manifest
-from app.retrieval import LocalRetriever
+from app.retrieval import Index
 from app.settings import ChunkingSettings, EmbeddingSettings, RetrievalSettings
 from app.store import Store
 from app.store.server import open_server_store
@@ -61,19 +61,19 @@ async def store(embedder: Embedder) -> AsyncIterator[Store]:
 
 
 @pytest.fixture
-def empty(embedder: Embedder, store: Store) -> LocalRetriever:
+def empty(embedder: Embedder, store: Store) -> Index:
     ingestor = Ingestor(embedder, store, ChunkingSettings())
-    return LocalRetriever(embedder, store, ingestor, RetrievalSettings(), "test")
+    return Index(embedder, store, ingestor, RetrievalSettings(), "test")
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def retriever(empty: LocalRetriever) -> LocalRetriever:
+async def retriever(empty: Index) -> Index:
     await empty.ingest([OUTAGE, CACHE, CHUNKS])
     return empty
 
 
 async def search(
-    retriever: LocalRetriever, text: str = QUESTION, *, top_k: int = 5, num_scored: int = 0, **filters: Any
+    retriever: Index, text: str = QUESTION, *, top_k: int = 5, num_scored: int = 0, **filters: Any
 ) -> SearchResult:
     chosen: Filters = filters
     return await retriever.search(SearchQuery(text, top_k, chosen, num_scored))
@@ -83,7 +83,7 @@ async def search(
 
 
 @in_one_loop
-async def test_the_passage_that_answers_comes_first_with_all_that_is_known_of_it(retriever: LocalRetriever) -> None:
+async def test_the_passage_that_answers_comes_first_with_all_that_is_known_of_it(retriever: Index) -> None:
     found = await search(retriever)
     best = found.passages[0]
     assert (best.document_id, best.chunk_id, best.title, best.url) == ("outage", "outage#0", OUTAGE.title, OUTAGE.url)
@@ -93,12 +93,12 @@ async def test_the_passage_that_answers_comes_first_with_all_that_is_known_of_it
 
 
 @in_one_loop
-async def test_top_k_bounds_what_is_found(retriever: LocalRetriever) -> None:
+async def test_top_k_bounds_what_is_found(retriever: Index) -> None:
     assert len((await search(retriever, top_k=2)).passages) == 2
 
 
 @in_one_loop
-async def test_an_empty_collection_has_nothing_to_find(empty: LocalRetriever) -> None:
+async def test_an_empty_collection_has_nothing_to_find(empty: Index) -> None:
     assert (await search(empty, num_scored=3)).passages == ()
 
 
@@ -119,7 +119,7 @@ async def test_an_empty_collection_has_nothing_to_find(empty: LocalRetriever) ->
     ],
 )
 async def test_a_filter_keeps_what_matches_in_value_and_type(
-    retriever: LocalRetriever, filters: dict[str, Any], expected: set[str]
+    retriever: Index, filters: dict[str, Any], expected: set[str]
 ) -> None:
     found = await search(retriever, **filters)
     assert {passage.document_id for passage in found.passages} == expected
@@ -127,7 +127,7 @@ async def test_a_filter_keeps_what_matches_in_value_and_type(
 
 @in_one_loop
 async def test_a_filter_on_a_field_that_no_document_has_is_an_error_that_lists_the_fields(
-    retriever: LocalRetriever,
+    retriever: Index,
 ) -> None:
     with pytest.raises(UnknownFilter, match=r"'autor'.*author, draft, year") as caught:
         await search(retriever, autor="Noor", author="Noor")
@@ -135,22 +135,20 @@ async def test_a_filter_on_a_field_that_no_document_has_is_an_error_that_lists_t
 
 
 @in_one_loop
-async def test_no_field_can_be_filtered_in_an_empty_collection(empty: LocalRetriever) -> None:
+async def test_no_field_can_be_filtered_in_an_empty_collection(empty: Index) -> None:
     with pytest.raises(UnknownFilter, match="can be filtered: none"):
         await search(empty, author="Noor")
 
 
 @in_one_loop
 @pytest.mark.parametrize("num_scored", [0, 1, 2, 5])
-async def test_only_the_best_passages_get_their_sentences_scored(retriever: LocalRetriever, num_scored: int) -> None:
+async def test_only_the_best_passages_get_their_sentences_scored(retriever: Index, num_scored: int) -> None:
     passages = (await search(retriever, num_scored=num_scored)).passages
     assert [bool(passage.sentences) for passage in passages] == [place < num_scored for place in range(3)]
 
 
 @in_one_loop
-async def test_a_sentence_is_scored_by_its_cosine_to_the_question(
-    retriever: LocalRetriever, embedder: Embedder
-) -> None:
+async def test_a_sentence_is_scored_by_its_cosine_to_the_question(retriever: Index, embedder: Embedder) -> None:
     for _ in range(2):  # the second time from the cache
         best = (await search(retriever, num_scored=3)).passages[0]
         texts = [sentence.text for sentence in best.sentences]
@@ -162,7 +160,7 @@ async def test_a_sentence_is_scored_by_its_cosine_to_the_question(
 
 
 @in_one_loop
-async def test_sentences_are_those_of_the_new_version_after_an_update(retriever: LocalRetriever) -> None:
+async def test_sentences_are_those_of_the_new_version_after_an_update(retriever: Index) -> None:
     before = (await search(retriever, num_scored=3)).passages[0]
     text = "The Reading Room outage lasted 53 minutes. It was corrected later."
     await retriever.ingest([Document("outage", OUTAGE.title, text, metadata=OUTAGE.metadata)])
@@ -175,9 +173,7 @@ async def test_sentences_are_those_of_the_new_version_after_an_update(retriever:
 
 
 @in_one_loop
-async def test_a_full_cache_forgets_and_still_answers(
-    retriever: LocalRetriever, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_full_cache_forgets_and_still_answers(retriever: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = await search(retriever, num_scored=3)
     monkeypatch.setattr(retrieval, "MAX_CACHED_PASSAGES", 1)
     await retriever.ingest([Document("new", "New", "The Reading Room opens at nine. Bring a card.")])
@@ -189,12 +185,12 @@ async def test_a_full_cache_forgets_and_still_answers(
 
 
 @in_one_loop
-async def test_a_question_made_of_stop_words_still_finds_by_meaning(retriever: LocalRetriever) -> None:
+async def test_a_question_made_of_stop_words_still_finds_by_meaning(retriever: Index) -> None:
     assert len((await search(retriever, "what is it and how?")).passages) == 3
 
 
 @in_one_loop
-async def test_searches_at_once_during_an_ingestion_get_what_they_get_alone(retriever: LocalRetriever) -> None:
+async def test_searches_at_once_during_an_ingestion_get_what_they_get_alone(retriever: Index) -> None:
     questions = [QUESTION, "When is a cache freed?", "Where are manuals cut?"] * 4
     alone = {question: (await search(retriever, question, top_k=1)).passages for question in questions}
     long = Document("long", "Weather", "\n\n".join(f"On day {day} it rained in the hills." for day in range(150)))
@@ -210,7 +206,7 @@ async def test_searches_at_once_during_an_ingestion_get_what_they_get_alone(retr
 
 
 @in_one_loop
-async def test_a_document_is_listed_read_and_deleted(retriever: LocalRetriever) -> None:
+async def test_a_document_is_listed_read_and_deleted(retriever: Index) -> None:
     listed = await retriever.documents()
     assert {one.id for one in listed} == {"outage", "cache", "chunks"}
     assert [one.id for one in await retriever.documents(after=listed[0].id, limit=1)] == [listed[1].id]
@@ -224,7 +220,7 @@ async def test_a_document_is_listed_read_and_deleted(retriever: LocalRetriever) 
 
 
 @in_one_loop
-async def test_info_counts_what_is_held(retriever: LocalRetriever, embedder: Embedder) -> None:
+async def test_info_counts_what_is_held(retriever: Index, embedder: Embedder) -> None:
     info = await retriever.info()
     assert (info.collection, info.num_documents, info.num_chunks) == ("test", 3, 3)
     assert info.filter_fields == ("author", "draft", "year")
@@ -235,7 +231,7 @@ async def test_info_counts_what_is_held(retriever: LocalRetriever, embedder: Emb
 
 
 @in_one_loop
-async def test_ingesting_again_does_nothing_until_something_changed(empty: LocalRetriever) -> None:
+async def test_ingesting_again_does_nothing_until_something_changed(empty: Index) -> None:
     async def status(document: Document) -> str:
         [receipt] = await empty.ingest([document])
         assert (receipt.document_id, receipt.num_chunks, receipt.num_truncated_chunks) == ("outage", 1, 0)
@@ -251,7 +247,7 @@ async def test_ingesting_again_does_nothing_until_something_changed(empty: Local
 
 
 @in_one_loop
-async def test_a_document_sent_twice_at_once_is_held_once_in_its_last_version(empty: LocalRetriever) -> None:
+async def test_a_document_sent_twice_at_once_is_held_once_in_its_last_version(empty: Index) -> None:
     newer = Document("outage", OUTAGE.title, "The outage lasted 53 minutes.")
     receipts = await empty.ingest([OUTAGE, newer, newer])
     assert [receipt.status for receipt in receipts] == ["created", "updated", "unchanged"]
@@ -260,7 +256,7 @@ async def test_a_document_sent_twice_at_once_is_held_once_in_its_last_version(em
 
 
 @in_one_loop
-async def test_a_failing_document_stops_no_other_and_keeps_its_place(empty: LocalRetriever) -> None:
+async def test_a_failing_document_stops_no_other_and_keeps_its_place(empty: Index) -> None:
     unwritable: Any = {"author": object()}
     receipts = await empty.ingest([OUTAGE, Document("bad", "Bad", "Some text.", metadata=unwritable), CACHE])
     assert [receipt.status for receipt in receipts] == ["created", "failed", "created"]
@@ -270,7 +266,7 @@ async def test_a_failing_document_stops_no_other_and_keeps_its_place(empty: Loca
 
 
 @in_one_loop
-async def test_nothing_ingested_is_nothing_to_report(empty: LocalRetriever) -> None:
+async def test_nothing_ingested_is_nothing_to_report(empty: Index) -> None:
     assert await empty.ingest([]) == []
 
 
@@ -288,7 +284,7 @@ async def test_nothing_ingested_is_nothing_to_report(empty: LocalRetriever) -> N
     ],
     ids=lambda document: document.id,
 )
-async def test_no_chunk_is_ever_cut_by_the_encoders_window(empty: LocalRetriever, document: Document) -> None:
+async def test_no_chunk_is_ever_cut_by_the_encoders_window(empty: Index, document: Document) -> None:
     [receipt] = await empty.ingest([document])
     assert (receipt.status, receipt.num_truncated_chunks) == ("created", 0)
 
@@ -311,12 +307,20 @@ def test_chunks_that_the_window_would_cut_are_refused_with_the_largest_that_fits
 def test_the_manifest_names_all_that_a_vector_depends_on(embedder: Embedder) -> None:
     stamp = manifest(embedder, ChunkingSettings(max_tokens=99))
     assert set(stamp) == {
+        "text.cleaner",
+        "text.format",
+        "chunking.version",
+        "chunking.max_tokens",
         "embedding.model",
         "embedding.revision",
-        "embedding.dimension",
+        "embedding.tokenizer",
         "embedding.window",
-        "chunking.max_tokens",
-        "text.format",
+        "embedding.query_prompt",
+        "embedding.document_prompt",
+        "embedding.dimension",
+        "embedding.distance",
+        "prompt.format",
+        "prompt.chat_template",
         "sparse.model",
         "sparse.language",
         "sparse.term_saturation",

@@ -1,4 +1,7 @@
-"""Chat models that a test makes: real Llamas of a few hundred kilobytes, each of which only ever says one word."""
+"""Models that a test makes: real ones, of a few megabytes at most.
+
+Chat models are Llamas that only ever say one word; encoders are BERTs that add up a vector per word.
+"""
 
 from pathlib import Path
 
@@ -42,4 +45,44 @@ def make_model(folder: Path, *, says: str, max_length: int = 2048) -> Path:
         model.lm_head.weight.zero_()
         model.lm_head.weight[VOCABULARY.index(says)] = 1
     model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def make_encoder(folder: Path, *, seed: int = 0, dimension: int = 32, knows_words: bool = True) -> Path:
+    """Write an encoder whose vector of a text depends on its words alone; without words all texts look alike to it."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from app.models import resolve_encoder
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_encoder("all-MiniLM-L6-v2").source)
+    torch.manual_seed(seed)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=dimension,
+            intermediate_size=dimension,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            max_position_embeddings=256,
+        ),
+        add_pooling_layer=False,
+    )
+    with torch.no_grad():
+        for parameter in (*model.encoder.parameters(), model.embeddings.position_embeddings.weight):
+            parameter.zero_()
+        for layer in model.encoder.layer:
+            layer.attention.output.LayerNorm.weight.fill_(1)
+            layer.output.LayerNorm.weight.fill_(1)
+        if knows_words:
+            model.embeddings.word_embeddings.weight.normal_()
+        else:
+            model.embeddings.word_embeddings.weight.copy_(torch.randn(dimension).expand(len(tokenizer), dimension))
+    bare = folder.with_name(f"{folder.name}-bare")
+    model.save_pretrained(bare)
+    tokenizer.save_pretrained(bare)
+    transformer = Transformer(str(bare), max_seq_length=256)
+    SentenceTransformer(modules=[transformer, Pooling(dimension)], device="cpu").save(str(folder))
     return folder

@@ -40,6 +40,7 @@ def chat_router(services: Services) -> APIRouter:
             top_k=body.rag.top_k or settings.retrieval.top_k,
             timeout_s=body.rag.timeout_s or settings.answer.timeout_s,
             filters=body.rag.filters,
+            collection=body.rag.collection,
             use_documents=use_documents,
         )
         events = services.chat.answer(chat_request)

@@ -3,19 +3,20 @@
 import asyncio
 import json
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
 
-from app.api.schemas import DocumentBody, DocumentsBody, SearchRequest
+from app.api.schemas import CollectionName, DocumentBody, DocumentsBody, SearchRequest
 from app.api.sse import source
 from app.domain import Document, IngestReceipt, Scalar, SearchQuery, StoredDocument
 from app.errors import InvalidRequest, TooLarge, UnreadableFile
 from app.loaders import load_file, normalise
 from app.services import Services
 
+InCollection: TypeAlias = Annotated[CollectionName | None, Query(description="default: the configured one")]
 METADATA = TypeAdapter(dict[str, Scalar])
 BODIES = {
     "requestBody": {
@@ -51,7 +52,7 @@ def documents_router(services: Services) -> APIRouter:
     max_file_bytes = services.settings.api.max_file_bytes
 
     @router.post("/v1/documents", openapi_extra=BODIES)
-    async def add_documents(request: Request) -> dict[str, Any]:
+    async def add_documents(request: Request, collection: InCollection = None) -> dict[str, Any]:
         """Take in documents as JSON or as files (md, txt, html, pdf, docx, jsonl).
 
         Each is reported by itself: `created`, `updated`, `unchanged` or `failed` with the reason.
@@ -64,16 +65,19 @@ def documents_router(services: Services) -> APIRouter:
         else:
             # A web page elsewhere may send other types to this machine without asking.
             raise HTTPException(415, "Send application/json or multipart/form-data")
-        receipts = await retriever.ingest([one for _, one in loaded if isinstance(one, Document)])
+        documents = [one for _, one in loaded if isinstance(one, Document)]
+        receipts = await retriever.ingest(documents, collection=collection)
         return {"object": "list", "data": _results(loaded, receipts)}
 
     @router.get("/v1/documents")
     async def list_documents(
-        limit: int = Query(100, ge=1, le=1000), after: str | None = Query(None, max_length=512)
+        limit: int = Query(100, ge=1, le=1000),
+        after: str | None = Query(None, max_length=512),
+        collection: InCollection = None,
     ) -> dict[str, Any]:
         """List documents in a stable order; `after` is the last id of the page before."""
-        page = await retriever.documents(after=after, limit=limit + 1)
-        info = await retriever.info()
+        page = await retriever.documents(after=after, limit=limit + 1, collection=collection)
+        info = await retriever.info(collection=collection)
         return {
             "object": "list",
             "data": [_document(one) for one in page[:limit]],
@@ -82,15 +86,15 @@ def documents_router(services: Services) -> APIRouter:
         }
 
     @router.get("/v1/documents/{document_id:path}")
-    async def read_document(document_id: str) -> dict[str, Any]:
+    async def read_document(document_id: str, collection: InCollection = None) -> dict[str, Any]:
         """Read one document with its text."""
-        stored, text = await retriever.document(document_id)
+        stored, text = await retriever.document(document_id, collection=collection)
         return {**_document(stored), "text": text}
 
     @router.delete("/v1/documents/{document_id:path}")
-    async def delete_document(document_id: str) -> dict[str, Any]:
+    async def delete_document(document_id: str, collection: InCollection = None) -> dict[str, Any]:
         """Remove a document with all its chunks."""
-        await retriever.delete(document_id)
+        await retriever.delete(document_id, collection=collection)
         return {"id": document_id, "object": "document.deleted", "deleted": True}
 
     @router.post("/v1/search")
@@ -100,7 +104,8 @@ def documents_router(services: Services) -> APIRouter:
         if not question:
             raise InvalidRequest("The query is empty.", param="query")
         top_k = body.top_k or services.settings.retrieval.top_k
-        found = await retriever.search(SearchQuery(question, top_k, body.filters))
+        query = SearchQuery(question, top_k, body.filters, collection=body.collection, index=body.index)
+        found = await retriever.search(query)
         return {
             "object": "list",
             "data": [{"n": n, **source(one)} for n, one in enumerate(found.passages, start=1)],

@@ -6,14 +6,16 @@ which is the older.
 """
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 from app.domain import Document, EncodedChunk, Filters, Metadata, Passage, Scalar, StoredDocument
-from app.store import Manifest
+from app.store import Manifest, Stamp
 
 Payload: TypeAlias = dict[str, Any]
 
@@ -32,6 +34,7 @@ MAX_CHUNKS_PER_OPERATION = 128
 """A longer document is staged piece by piece, so that no single call holds up the others."""
 MICROSECONDS = 1_000_000
 
+_STORED_NAME = re.compile(r"(?P<name>[A-Za-z0-9_-]{1,64})(?:\.\d{8}T\d{12})?")
 _ABSENT = object()
 _NAMESPACE = uuid.UUID("6f1d6c1e-5d0b-5b8e-9c55-0a1c1ea7e000")
 
@@ -123,9 +126,25 @@ def intent_point(staged: Sequence[str], stale: Sequence[str]) -> Point:
     return Point(INTENT_ID, {"kind": "intent", "staged": list(staged), "stale": list(stale)})
 
 
-def manifest_point(manifest: Manifest) -> Point:
+def stamp_point(stamp: Stamp) -> Point:
     """Make the point that says what the collection is written with."""
-    return Point(MANIFEST_ID, {"kind": "manifest", "manifest": dict(manifest)})
+    return Point(MANIFEST_ID, {"kind": "manifest", **asdict(stamp)})
+
+
+def stamp_of(payload: Payload | None) -> Stamp:
+    """Read that point; a collection without one was written with nothing that is known."""
+    return Stamp(payload["manifest"], payload.get("stands_in_for")) if payload else Stamp({})
+
+
+def new_stored_name(name: str) -> str:
+    """Make up a name under which another version of a collection is stored beside those that there are."""
+    return f"{name}.{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
+
+
+def client_name(stored: str) -> str | None:
+    """Tell which name a collection is stored for; None when it is not one of ours."""
+    match = _STORED_NAME.fullmatch(stored)
+    return match["name"] if match else None
 
 
 def split(chunks: Sequence[EncodedChunk]) -> tuple[list[Sequence[EncodedChunk]], Sequence[EncodedChunk]]:
@@ -205,9 +224,14 @@ def best_passages(hits: Sequence[tuple[Payload, float]], limit: int) -> list[Pas
     return [passage(payload, score) for payload, score in current[:limit]]
 
 
+def changed_keys(stored: Manifest, wanted: Manifest) -> list[str]:
+    """List the keys in which two manifests differ, sorted."""
+    return sorted(key for key in {*stored, *wanted} if stored.get(key, _ABSENT) != wanted.get(key, _ABSENT))
+
+
 def difference(stored: Manifest, wanted: Manifest) -> str:
     """Say on one line how two manifests differ; empty when they do not."""
-    changed = sorted(key for key in {*stored, *wanted} if stored.get(key, _ABSENT) != wanted.get(key, _ABSENT))
+    changed = changed_keys(stored, wanted)
     return "; ".join(f"{key}: was {_shown(stored, key)}, now {_shown(wanted, key)}" for key in changed)
 
 
