@@ -19,6 +19,7 @@ import httpx
 from app.domain import Document, Filters
 from app.errors import (
     CleaveError,
+    CollectionMismatch,
     ConfigurationError,
     InvalidRequest,
     NotFound,
@@ -51,12 +52,20 @@ class ServiceUnreachable(Unavailable):
 
 
 class Client:
-    """A connection to the service at `url`; an asynchronous context manager."""
+    """A connection to the service at `url`; an asynchronous context manager.
 
-    def __init__(self, url: str) -> None:
+    `collection` is the one that all requests are about; None: the service's own. `transport` leads to a service that
+    has no address, in this process.
+    """
+
+    def __init__(
+        self, url: str, *, collection: str | None = None, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        self._collection = {} if collection is None else {"collection": collection}
         self.url = _normalise_url(url)
         self._http = httpx.AsyncClient(
             base_url=self.url,
+            transport=transport,
             timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             # A proxy from the environment must not come between this machine and itself.
             trust_env=not _is_loopback(httpx.URL(self.url).host),
@@ -119,7 +128,7 @@ class Client:
         """List all documents, page by page."""
         after: Record = {}
         while True:
-            page = await self._request("GET", "/v1/documents", params={"limit": page_size, **after})
+            page = await self._request("GET", "/v1/documents", params={"limit": page_size, **after, **self._collection})
             for document in page["data"]:
                 yield document
             if not page["has_more"]:
@@ -128,11 +137,37 @@ class Client:
 
     async def document(self, document_id: str) -> Record:
         """Read one document with its text."""
-        return await self._request("GET", f"/v1/documents/{quote(document_id)}")
+        return await self._request("GET", f"/v1/documents/{quote(document_id)}", params=self._collection)
 
     async def delete(self, document_id: str) -> None:
         """Remove one document."""
         await self._request("DELETE", f"/v1/documents/{quote(document_id)}")
+
+    async def search_index(self, query: str, *, index: str, top_k: int) -> list[str]:
+        """Find the documents of passages, best first and each once, in the `live` or the `candidate` index."""
+        body = {"query": query, "top_k": top_k, "index": index, **self._collection}
+        found = _data(await self._request("POST", "/v1/search", json=body))
+        return list(dict.fromkeys(one["document_id"] for one in found))
+
+    async def reindex(self, settings: Record) -> Record:
+        """Start building an index by these settings, or go on with it; say how far it is."""
+        return await self._request("POST", "/v1/reindex", json=settings, params=self._collection)
+
+    async def reindex_status(self) -> Record:
+        """Say how far the new index is."""
+        return await self._request("GET", "/v1/reindex", params=self._collection)
+
+    async def swap_index(self) -> Record:
+        """Make the new index the live one."""
+        return await self._request("POST", "/v1/reindex/swap", params=self._collection)
+
+    async def rollback_index(self) -> Record:
+        """Make the index before the live one live again."""
+        return await self._request("POST", "/v1/reindex/rollback", params=self._collection)
+
+    async def discard_index(self) -> Record:
+        """Remove all indexes but the live one."""
+        return await self._request("DELETE", "/v1/reindex", params=self._collection)
 
     async def readiness(self) -> Record | None:
         """Say whether questions can be answered, with each part; None when no Cleave answers."""
@@ -421,7 +456,7 @@ async def _patiently(request: Callable[[], Awaitable[list[Record]]]) -> list[Rec
     for attempt in range(1, MAX_TRIES):
         try:
             return await request()
-        except ServiceUnreachable:
+        except (ServiceUnreachable, CollectionMismatch):
             raise
         except Unavailable as error:
             wait_s = 2.0 ** (attempt - 1) if error.retry_after_s is None else error.retry_after_s

@@ -1,3 +1,4 @@
+import hashlib
 import re
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from app.chunking import sentences, split
+from app.chunking import CHUNKER_VERSION, sentences, split
 from app.domain import Chunk
 
 
@@ -309,3 +310,12 @@ def test_a_passage_that_ends_inside_code_keeps_its_prose():
 @example(">" * 3000 + " deep")
 def test_sentences_of_any_text_say_something(text: str):
     assert all(re.search(r"\w", sentence) for sentence in sentences(text))
+
+
+def test_whoever_changes_how_documents_are_cut_raises_the_version() -> None:
+    """Collections that were cut in another way must be told apart; the digest changes together with the number."""
+    articles = sorted((Path(__file__).parent.parent / "examples" / "articles").glob("*.md"))
+    chunks = [chunk for one in articles for chunk in split(one.read_text("utf-8"), MINILM, max_tokens=100)]
+    spans = [(chunk.start, chunk.end, chunk.heading) for chunk in chunks]
+    digest = hashlib.sha256(repr(spans).encode()).hexdigest()[:8]
+    assert (CHUNKER_VERSION, digest) == (1, "058fb9e4")

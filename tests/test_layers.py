@@ -15,7 +15,7 @@ LAYERS = [
     {"settings"},
     {"telemetry", "config", "dashboard"},
     {"loaders", "chunking", "sparse", "citations"},
-    {"prompts", "grounding"},
+    {"prompts", "grounding", "known_items"},
     {"gate", "models", "sizing"},
     {"embedding", "store", "llm"},
     {"planning", "ingestion"},
@@ -25,6 +25,7 @@ LAYERS = [
     {"catalog"},
     {"services"},
     {"api", "client", "doctor", "launcher"},
+    {"changeover"},
     {"cli"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
