@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from app.collection import POLL_S, Collection, IndexBuilder
+from app.collection import POLL_S, Collection, IndexBuilder, to_the_end
 from app.domain import (
     CollectionInfo,
     Document,
@@ -92,31 +92,28 @@ class LocalRetriever:
                 f"The collection {name!r} is the service's own (store.collection) and stays; delete its documents.",
                 param="name",
             )
-        collection = await self._collection(name)
-        async with self._opening:
-            self._collections.pop(name, None)
-            await collection.close()
-            await self._database.drop(name)
+        await self._collection(name)
+        await to_the_end(self._drop(name))
 
     async def reindex(self, settings: IndexSettings, *, collection: str | None = None) -> ReindexStatus:
         """See `Retriever.reindex`."""
-        return await (await self._collection(collection)).reindex(settings)
+        return await to_the_end((await self._collection(collection)).reindex(settings))
 
     async def reindex_status(self, *, collection: str | None = None) -> ReindexStatus:
         """See `Retriever.reindex_status`."""
-        return await (await self._collection(collection)).status()
+        return await to_the_end((await self._collection(collection)).status())
 
     async def swap_index(self, *, collection: str | None = None) -> ReindexStatus:
         """See `Retriever.swap_index`."""
-        return await (await self._collection(collection)).swap()
+        return await to_the_end((await self._collection(collection)).swap())
 
     async def rollback_index(self, *, collection: str | None = None) -> ReindexStatus:
         """See `Retriever.rollback_index`."""
-        return await (await self._collection(collection)).rollback()
+        return await to_the_end((await self._collection(collection)).rollback())
 
     async def discard_index(self, *, collection: str | None = None) -> ReindexStatus:
         """See `Retriever.discard_index`."""
-        return await (await self._collection(collection)).discard()
+        return await to_the_end((await self._collection(collection)).discard())
 
     async def close(self) -> None:
         """See `Retriever.close`."""
@@ -141,13 +138,23 @@ class LocalRetriever:
 
     async def _collection(self, name: str | None, *, create: bool = False) -> Collection:
         name = name or self._default
-        if name not in self._collections:
-            async with self._opening:
-                if name not in self._collections:
-                    self._collections[name] = await Collection.open(
-                        name, self._database, self._builder, self._settings, create=create
-                    )
-        return self._collections[name]
+        found = self._collections.get(name)
+        return found if found is not None else await to_the_end(self._open(name, create=create))
+
+    async def _open(self, name: str, *, create: bool) -> Collection:
+        async with self._opening:
+            if name not in self._collections:
+                self._collections[name] = await Collection.open(
+                    name, self._database, self._builder, self._settings, create=create
+                )
+            return self._collections[name]
+
+    async def _drop(self, name: str) -> None:
+        async with self._opening:
+            collection = self._collections.pop(name, None)
+            if collection is not None:
+                await collection.close()
+                await self._database.drop(name)
 
     async def _follow(self) -> None:
         """Take over what other processes put behind the names."""

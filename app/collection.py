@@ -3,11 +3,11 @@
 import asyncio
 import time
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from app.domain import CollectionInfo, ReindexStatus
 from app.embedding import Embedder
@@ -29,6 +29,17 @@ MAX_PATIENCE_S = 1.0
 """How long building steps back for requests that are being answered, before each write."""
 
 CLEANER_KEY, PROMPT_KEYS = "text.cleaner", "prompt."
+
+T = TypeVar("T")
+_running: set[asyncio.Task[Any]] = set()
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await what must not be cut in half when who asked for it leaves: a store that is opened, a name that changes."""
+    task = asyncio.create_task(work)
+    _running.add(task)
+    task.add_done_callback(_running.discard)
+    return await asyncio.shield(task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +87,16 @@ class _Open:
         self.unused = asyncio.Event()
         self.unused.set()
         self._num_uses = 0
+        self._is_closed = False
 
     @asynccontextmanager
     async def used(self) -> AsyncIterator[Index]:
-        """Use the index; it stays open until the end, whatever takes its place. Raises `CollectionMismatch`."""
+        """Use the index; it stays open until the end, whatever takes its place.
+
+        Raises `CollectionMismatch`, and `CollectionNotFound` when the collection was just dropped.
+        """
+        if self._is_closed:
+            raise CollectionNotFound("The collection was removed.", param="collection")
         if self.index is None:
             raise CollectionMismatch(self.refusal)
         self._num_uses += 1
@@ -93,6 +110,7 @@ class _Open:
 
     async def close(self) -> None:
         """Wait for the last user and close the store."""
+        self._is_closed = True
         await self.unused.wait()
         await self.store.close()
 
@@ -178,7 +196,7 @@ class Collection:
     @asynccontextmanager
     async def reading(self, index: Literal["live", "candidate"] = "live") -> AsyncIterator[Index]:
         """Use one index for one request. Raises `CollectionMismatch`, `InvalidRequest` when there is no candidate."""
-        held = self._live if index == "live" else await self._candidate_or_error()
+        held = self._live if index == "live" else await to_the_end(self._candidate_or_error())
         async with held.used() as found:
             yield found
 

@@ -463,9 +463,14 @@ def check_dashboard_port(problem: str | None, *, is_running: bool) -> Finding:
 
 def lock_holder(settings: Settings) -> str | None:
     """Tell which process has the embedded store open; None when none has."""
-    # The engine locks the folder of its write-ahead log.
+    # The engine locks the folder of its write-ahead log, in each collection.
+    logs = sorted((settings.data_dir / "qdrant").glob("[!.]*/wal"))
+    return next(filter(None, map(_log_holder, logs)), None)
+
+
+def _log_holder(path: Path) -> str | None:
     try:
-        log = os.open(settings.data_dir / "qdrant" / settings.store.collection / "wal", os.O_RDONLY)
+        log = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     try:

@@ -21,7 +21,7 @@ class Branch(BaseModel):
 
 
 class EmbeddingSettings(Branch):
-    """The encoder. Changing it needs a new collection: what it wrote before cannot be compared."""
+    """The encoder. Another one needs another index (`cleave reindex`): what it wrote before cannot be compared."""
 
     model: str = Field("all-MiniLM-L6-v2", description="bundled name, hub-id[@revision], or folder")
     batch_size: int = Field(32, ge=1, le=1024)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from app import collection
 from app.catalog import LocalRetriever
 from app.cli import main
-from app.domain import Document, ReindexStatus, SearchQuery
+from app.domain import Document, ReindexStatus, SearchQuery, SearchResult
 from app.errors import CollectionMismatch, CollectionNotFound, ConfigurationError, InvalidRequest
 from app.known_items import compare, make_question, reciprocal_rank, sample
 from app.reindexing import synchronise
@@ -259,6 +259,35 @@ async def test_collections_are_reindexed_one_by_one(tmp_path: Path, models: Path
 
 async def _is_built(retriever: LocalRetriever, name: str) -> bool:
     return (await retriever.reindex_status(collection=name)).state == "built"
+
+
+async def test_a_swap_comes_to_its_end_although_who_asked_for_it_leaves(tmp_path: Path, models: Path) -> None:
+    async with opened(settings_for(tmp_path, index_settings(models, "old"))) as retriever:
+        await retriever.ingest(DOCUMENTS)
+        await build(retriever, index_settings(models, "new"))
+        for _ in range(3):
+            swap = asyncio.create_task(retriever.swap_index())
+            await asyncio.sleep(0)
+            swap.cancel()
+        await until(lambda: _is_live(retriever, models / "new"))
+        assert (await retriever.reindex_status()).live["embedding.model"] == str(models / "new")
+        with pytest.raises(InvalidRequest, match="No index is being built"):
+            await retriever.swap_index()
+
+
+async def _is_live(retriever: LocalRetriever, model: Path) -> bool:
+    return (await retriever.info()).embedding_model == str(model)
+
+
+async def test_a_collection_may_be_dropped_twice_at_once_and_while_it_is_used(tmp_path: Path, models: Path) -> None:
+    async with opened(settings_for(tmp_path, index_settings(models, "old"))) as retriever:
+        await retriever.ingest(DOCUMENTS, collection="other")
+        asked = [SearchQuery(question, 5, collection="other") for question in QUESTIONS]
+        searches, late = ([retriever.search(query) for query in asked] for _ in range(2))
+        drops = [retriever.drop_collection("other"), retriever.drop_collection("other")]
+        found = await asyncio.gather(*searches, *drops, *late, return_exceptions=True)
+        assert all(isinstance(one, SearchResult | CollectionNotFound | None) for one in found), found
+        assert [one.name for one in await retriever.collections()] == ["default"]
 
 
 # --- Restarts --------------------------------------------------------------------------------------------------------
