@@ -83,7 +83,7 @@ class LocalRetriever:
     async def collections(self) -> list[CollectionInfo]:
         """See `Retriever.collections`."""
         found = [await self._collection(name) for name in await self._database.names()]
-        return [await one.info(is_default=one.name == self._default) for one in found]
+        return [await one.info() for one in found]
 
     async def drop_collection(self, name: str) -> None:
         """See `Retriever.drop_collection`."""
@@ -145,7 +145,12 @@ class LocalRetriever:
         async with self._opening:
             if name not in self._collections:
                 self._collections[name] = await Collection.open(
-                    name, self._database, self._builder, self._settings, create=create
+                    name,
+                    self._database,
+                    self._builder,
+                    self._settings,
+                    is_default=name == self._default,
+                    create=create,
                 )
             return self._collections[name]
 

@@ -13,6 +13,7 @@ from app.domain import CollectionInfo, ReindexStatus
 from app.embedding import Embedder
 from app.errors import CleaveError, CollectionMismatch, CollectionNotFound, ConfigurationError, InvalidRequest
 from app.ingestion import Ingestor, manifest, recorded_settings
+from app.models import identify, resolve_encoder
 from app.reindexing import catch_up, synchronise
 from app.retrieval import Index
 from app.settings import EmbeddingSettings, IndexSettings, RetrievalSettings
@@ -57,17 +58,19 @@ class IndexBuilder:
     def __init__(self, retrieval: RetrievalSettings, chat_template: Path | None) -> None:
         self._retrieval = retrieval
         self._chat_template = chat_template
-        # An encoder goes with the last index that uses it.
-        self._embedders: weakref.WeakValueDictionary[EmbeddingSettings, Embedder] = weakref.WeakValueDictionary()
+        # An encoder goes with the last index that uses it. Another model may come to stand under the same name.
+        self._embedders: weakref.WeakValueDictionary[tuple[EmbeddingSettings, str | None], Embedder]
+        self._embedders = weakref.WeakValueDictionary()
         self._loading = asyncio.Lock()
 
     async def plan(self, settings: IndexSettings) -> Plan:
         """Load the encoder unless it is there. Raises `ConfigurationError`."""
         async with self._loading:
-            embedder = self._embedders.get(settings.embedding)
+            content = await asyncio.to_thread(lambda: identify(resolve_encoder(settings.embedding.model)))
+            key = (settings.embedding, content)
+            embedder = self._embedders.get(key)
             if embedder is None:
-                embedder = await asyncio.to_thread(Embedder, settings.embedding)
-                self._embedders[settings.embedding] = embedder
+                embedder = self._embedders[key] = await asyncio.to_thread(Embedder, settings.embedding)
         stamp = manifest(embedder, settings.chunking, chat_template=self._chat_template)
         return Plan(settings, embedder, stamp)
 
@@ -119,35 +122,34 @@ class _Writes:
     """Writers share it; whoever moves what they write to has it alone."""
 
     def __init__(self) -> None:
-        self._changed = asyncio.Condition()
+        self._allowed = asyncio.Event()
+        self._allowed.set()
+        self._unused = asyncio.Event()
+        self._unused.set()
         self._num_writers = 0
-        self._is_taken = False
 
     @asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._is_taken)
-            self._num_writers += 1
+        while not self._allowed.is_set():
+            await self._allowed.wait()
+        self._num_writers += 1
+        self._unused.clear()
         try:
             yield
         finally:
-            async with self._changed:
-                self._num_writers -= 1
-                self._changed.notify_all()
+            self._num_writers -= 1
+            if not self._num_writers:
+                self._unused.set()
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._is_taken)
-            self._is_taken = True
+        """Hold writers off; one at a time may do so."""
+        self._allowed.clear()
         try:
-            async with self._changed:
-                await self._changed.wait_for(lambda: not self._num_writers)
+            await self._unused.wait()
             yield
         finally:
-            async with self._changed:
-                self._is_taken = False
-                self._changed.notify_all()
+            self._allowed.set()
 
 
 class Collection:
@@ -156,8 +158,11 @@ class Collection:
     A request takes the live index once and keeps it to its end, so that no answer mixes two.
     """
 
-    def __init__(self, name: str, database: Database, builder: IndexBuilder, configured: Plan, live: str) -> None:
+    def __init__(
+        self, name: str, database: Database, builder: IndexBuilder, configured: Plan, live: str, *, is_default: bool
+    ) -> None:
         self.name = name
+        self._is_default = is_default
         self._database = database
         self._builder = builder
         self._configured = configured
@@ -173,7 +178,14 @@ class Collection:
 
     @classmethod
     async def open(
-        cls, name: str, database: Database, builder: IndexBuilder, settings: IndexSettings, *, create: bool
+        cls,
+        name: str,
+        database: Database,
+        builder: IndexBuilder,
+        settings: IndexSettings,
+        *,
+        is_default: bool,
+        create: bool,
     ) -> Self:
         """Open a collection, or create it if that is wanted. Raises `CollectionNotFound`, `ConfigurationError`."""
         aliases = await database.aliases(name)
@@ -184,7 +196,7 @@ class Collection:
                 param="collection",
             )
         stored = aliases.live if aliases else name
-        collection = cls(name, database, builder, await builder.plan(settings), stored)
+        collection = cls(name, database, builder, await builder.plan(settings), stored, is_default=is_default)
         collection._live = await collection._open_live(stored)
         return collection
 
@@ -208,11 +220,11 @@ class Collection:
         async with self._writes.shared(), self.reading() as found:
             yield found
 
-    async def info(self, *, is_default: bool) -> CollectionInfo:
+    async def info(self) -> CollectionInfo:
         """Say what is held, also of a collection that is refused."""
         num_documents, num_chunks = await self._live.store.counts()
         model = (await self._live.store.stamp()).manifest.get("embedding.model")
-        return CollectionInfo(self.name, num_documents, num_chunks, str(model), is_default)
+        return CollectionInfo(self.name, num_documents, num_chunks, str(model), self._is_default)
 
     async def close(self) -> None:
         """Stop building and release what is open, as soon as nobody uses it."""
@@ -462,9 +474,10 @@ class Collection:
         changed = difference(stamp.manifest, self._configured.manifest)
         if not changed:
             return found
+        option = "" if self._is_default else f" --collection {self.name}"
         refusal = (
             f"The collection {self.name!r} was written with other settings than the service's ({changed}): "
-            "run `cleave reindex` to rebuild it with the new ones, or set the old ones again."
+            f"run `cleave reindex{option}` to rebuild it with the new ones, or set the old ones again."
         )
         if stamp.stands_in_for is not None and not difference(stamp.stands_in_for, self._configured.manifest):
             plan = await self._recorded_plan(stamp)

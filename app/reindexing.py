@@ -13,8 +13,8 @@ from app.store.payload import record_id
 
 PAGE_SIZE = 256
 MAX_DOCUMENTS = 8
-MAX_CHARACTERS = 20_000
-"""Of one write: some seconds of encoding on a laptop, so that a question in between is not held up for long."""
+MAX_CHARACTERS = 1_000
+"""Of one write: two or three chunks, since a question that comes meanwhile waits until they are encoded."""
 
 
 class Listing(Protocol):

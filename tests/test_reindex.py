@@ -231,6 +231,18 @@ async def test_nothing_is_built_for_the_settings_that_there_are(retriever: Local
         await retriever.reindex(index_settings(models, "new", max_tokens=1000))
 
 
+async def test_a_model_that_was_trained_on_in_its_folder_is_another_one(tmp_path: Path, models: Path) -> None:
+    make_encoder(tmp_path / "trained", seed=1)
+    async with opened(settings_for(tmp_path / "data", index_settings(tmp_path, "trained"))) as retriever:
+        await retriever.ingest(DOCUMENTS)
+        old = await answers(retriever)
+        make_encoder(tmp_path / "trained", seed=7)
+        await build(retriever, index_settings(tmp_path, "trained"))
+        assert await answers(retriever) == old
+        await retriever.swap_index()
+        assert await answers(retriever) != old
+
+
 async def test_texts_go_through_a_newer_cleaner(retriever: LocalRetriever, models: Path) -> None:
     """Stored by an older one: the ligature would be two letters today."""
     await retriever.ingest([Document("raw", "T", "The \ufb01re was out.")])
