@@ -8,6 +8,7 @@ import itertools
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -349,6 +350,7 @@ async def main(data: Path, models: Path) -> None:
         status = await retriever.reindex_status()
         print(status.num_done, flush=True)
         if status.state == "built":
+            print("swapping", flush=True)
             await retriever.swap_index()
         await asyncio.sleep(0.01)
 
@@ -356,12 +358,14 @@ asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2])))
 """
 
 
-def reindex_and_kill(data: Path, models: Path) -> None:
+def reindex_and_kill(data: Path, models: Path, is_time: Callable[[str], bool], delay_s: float = 0) -> None:
+    """Reindex in another process, and kill it a moment after it has said a certain line."""
     command = [sys.executable, "-c", REINDEX, str(data), str(models)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if int(line) >= KILLED_AFTER:
+            if is_time(line.strip()):
+                time.sleep(delay_s)
                 process.kill()
                 break
     assert process.returncode == -signal.SIGKILL
@@ -373,7 +377,7 @@ async def test_a_kill_while_an_index_is_built_harms_nothing_and_it_goes_on(tmp_p
     async with opened(settings) as retriever:
         await retriever.ingest(documents)
         expected = await answers(retriever)
-    await asyncio.to_thread(reindex_and_kill, tmp_path, models)
+    await asyncio.to_thread(reindex_and_kill, tmp_path, models, lambda line: int(line) >= KILLED_AFTER)
     async with opened(settings) as retriever:
         assert await answers(retriever) == expected
         status = await retriever.reindex_status()
@@ -386,6 +390,29 @@ async def test_a_kill_while_an_index_is_built_harms_nothing_and_it_goes_on(tmp_p
         assert {name: after[name] for name in held} == held, "what was there was written again"
         await retriever.swap_index()
         assert (await retriever.info()).num_documents == 400
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.04, 0.08])
+async def test_a_kill_while_the_indexes_are_swapped_leaves_one_of_them_live(
+    tmp_path: Path, models: Path, delay_s: float
+) -> None:
+    settings = settings_for(tmp_path, index_settings(models, "old"))
+    async with opened(settings) as retriever:
+        await retriever.ingest(DOCUMENTS)
+        expected = {"old": best(await answers(retriever))}
+        await build(retriever, index_settings(models, "new"))
+        expected["new"] = best(await answers(retriever, index="candidate"))
+        await retriever.ingest([document(100)])
+    await asyncio.to_thread(reindex_and_kill, tmp_path, models, lambda line: line == "swapping", delay_s)
+    async with opened(settings) as retriever:
+        live = Path((await retriever.info()).embedding_model).name
+        assert best(await answers(retriever)) == expected[live]
+        assert (await retriever.info()).num_documents == 61
+        if live == "old":
+            await build(retriever, index_settings(models, "new"))
+            await retriever.swap_index()
+        assert (await retriever.rollback_index()).live["embedding.model"] == str(models / "old")
+        assert best(await answers(retriever)) == expected["old"]
 
 
 async def _candidate_documents(retriever: LocalRetriever) -> list[Any]:
