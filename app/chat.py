@@ -61,6 +61,7 @@ class ChatRequest:
     timeout_s: float
     filters: Filters = field(default_factory=dict)
     recognise_filters: bool = False
+    collection: str | None = None
     use_documents: bool = True
 
 
@@ -172,6 +173,7 @@ class ChatService:
             timeout_s=timeout_s,
             context=run.plan.context,
             recognise_filters=run.request.recognise_filters,
+            collection=run.request.collection,
         )
         with run.watch.stage("retrieve"):
             found = await run.within(timeout_s, self._retriever.search(query), "retrieval")

@@ -17,6 +17,9 @@ from typing import Literal, Protocol, TypeAlias
 
 from app.domain import Chunk
 
+CHUNKER_VERSION = 1
+"""Names how documents are cut; raised with `split`, it makes services refuse collections written before."""
+
 Span: TypeAlias = tuple[int, int]
 
 

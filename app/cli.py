@@ -32,7 +32,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from app.domain import Scalar
-from app.errors import CleaveError, ConfigurationError, InvalidRequest, Unavailable
+from app.errors import CleaveError, CollectionMismatch, ConfigurationError, InvalidRequest, Unavailable
 from app.self_query import describe
 
 if TYPE_CHECKING:
@@ -605,15 +605,111 @@ def _print_comparisons(comparisons: "Sequence[Comparison]", report: "Report") ->
                 console.print(_printable(f"  {id}  {texts[id]}"), soft_wrap=True)
 
 
+# --- Reindex ---------------------------------------------------------------------------------------------------------
+
+
+@main.command(epilog="Example: cleave reindex --config serve_config.yaml")
+def reindex(
+    config: Annotated[Path, typer.Option("--config", help="The file with the new settings.")] = DEFAULT_CONFIG,
+    collection: Annotated[
+        str | None, typer.Option("--collection", metavar="NAME", help="Default: the service's own.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Swap even if the new index finds less.")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Go back to the index before.")] = False,
+    discard: Annotated[bool, typer.Option("--discard", help="Remove the new index and the one before.")] = False,
+    as_json: AsJSON = False,
+    url: URL = DEFAULT_URL,
+) -> None:
+    """Rebuild the documents' index by the embedding and chunking of the config, without an interruption.
+
+    The service builds the new index beside the live one. Both are asked questions made from your documents; unless
+    the new one finds significantly less (exit code 1), it takes the other's place. Run again, it goes on where it was
+    cut short.
+    """
+    if rollback and discard:
+        raise InvalidRequest("--rollback and --discard: name one of them.")
+    if rollback or discard:
+        status = _call(
+            url, lambda client: client.rollback_index() if rollback else client.discard_index(), collection=collection
+        )
+        report: dict[str, Any] = {"status": status, "is_swapped": rollback}
+        said = f"Live is the index before, with {_model_of(status['live'])}." if rollback else "Live is the only index."
+    else:
+        report = _call(url, lambda client: _reindex(client, config, is_forced=force), collection=collection)
+        said = _describe_reindex(report)
+    if as_json:
+        _print_json(report)
+    else:
+        _console().print(_printable(said), soft_wrap=True)
+    if report.get("is_refused"):
+        raise typer.Exit(FAILED)
+
+
+async def _reindex(client: "Client", config: Path, *, is_forced: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from app.changeover import build, compare_indexes
+    from app.config import load_config
+    from app.settings import IndexSettings
+
+    settings = load_config(config).settings
+    console = _console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        building = progress.add_task("Building", total=None)
+        wanted = IndexSettings(embedding=settings.embedding, chunking=settings.chunking)
+        async for status in build(client, wanted):
+            progress.update(building, completed=status["num_done"], total=status["num_documents"])
+        if status["state"] == "current":
+            return {"status": status, "is_swapped": False}
+        report: dict[str, Any] = {"before": status["live"]}
+        if status["is_live_served"]:
+            asking = progress.add_task("Comparing", total=None)
+            comparison = await compare_indexes(
+                client, lambda number, total: progress.update(asking, completed=number, total=total)
+            )
+            report["comparison"] = asdict(comparison)
+            if comparison.is_loss and not is_forced:
+                return {**report, "status": status, "is_swapped": False, "is_refused": True}
+        progress.add_task("Swapping", total=None)
+        return {**report, "status": await client.swap_index(), "is_swapped": True}
+
+
+def _describe_reindex(report: "Mapping[str, Any]") -> str:
+    lines = []
+    if one := report.get("comparison"):
+        lines.append(
+            f"{one['num_questions']} questions from your documents, mean reciprocal rank of the right one: live "
+            f"{one['live']:.3f}, new {one['candidate']:.3f}, gain within {one['low']:+.3f} to {one['high']:+.3f}."
+        )
+    if report.get("is_refused"):
+        lines.append(
+            "The new index finds significantly less and does not take the other's place. `cleave reindex --force` "
+            "swaps all the same, `cleave reindex --discard` removes it."
+        )
+    elif report["is_swapped"]:
+        lines.append(
+            f"Live is the new index, with {_model_of(report['status']['live'])}; before it was "
+            f"{_model_of(report['before'])}. `cleave reindex --rollback` goes back."
+        )
+    else:
+        lines.append(f"The index is written with these settings already ({_model_of(report['status']['live'])}).")
+    return "\n".join(lines)
+
+
+def _model_of(manifest: "Mapping[str, Any]") -> str:
+    return f"{manifest.get('embedding.model')}, chunks of {manifest.get('chunking.max_tokens')} tokens"
+
+
 # --- Shared ----------------------------------------------------------------------------------------------------------
 
 
-def _call(url: str, use: "Callable[[Client], Awaitable[T]]") -> T:
+def _call(url: str, use: "Callable[[Client], Awaitable[T]]", *, collection: str | None = None) -> T:
     """Use the service for one verb."""
     from app.client import Client
 
     async def connected() -> T:
-        async with Client(url) as client:
+        async with Client(url, collection=collection) as client:
             return await use(client)
 
     return asyncio.run(connected())
@@ -686,9 +782,9 @@ def _print_json(value: object) -> None:
 
 
 def _exit_code(error: CleaveError) -> int:
-    if isinstance(error, Unavailable):
-        return UNREACHABLE
-    return WRONG_USE if isinstance(error, InvalidRequest | ConfigurationError) else FAILED
+    if isinstance(error, InvalidRequest | ConfigurationError | CollectionMismatch):
+        return WRONG_USE
+    return UNREACHABLE if isinstance(error, Unavailable) else FAILED
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -19,6 +19,7 @@ import httpx
 from app.domain import Document, Filters, Message
 from app.errors import (
     CleaveError,
+    CollectionMismatch,
     ConfigurationError,
     InvalidRequest,
     NotFound,
@@ -62,14 +63,15 @@ class Client:
     def __init__(
         self, url: str, *, collection: str | None = None, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
+        self._collection = {} if collection is None else {"collection": collection}
         self.url = _normalise_url(url)
         self._collection = {} if collection is None else {"collection": collection}
         self._http = httpx.AsyncClient(
             base_url=self.url,
+            transport=transport,
             timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             # A proxy from the environment must not come between this machine and itself.
             trust_env=not _is_loopback(httpx.URL(self.url).host),
-            transport=transport,
         )
 
     async def __aenter__(self) -> Self:
@@ -166,6 +168,32 @@ class Client:
     async def drop_collection(self, name: str) -> None:
         """Remove a collection with all its documents."""
         await self._request("DELETE", f"/v1/collections/{quote(name)}")
+
+    async def search_index(self, query: str, *, index: str, top_k: int) -> list[str]:
+        """Find the documents of passages, best first and each once, in the `live` or the `candidate` index."""
+        body = {"query": query, "top_k": top_k, "index": index, **self._collection}
+        found = _data(await self._request("POST", "/v1/search", json=body))
+        return list(dict.fromkeys(one["document_id"] for one in found))
+
+    async def reindex(self, settings: Record) -> Record:
+        """Start building an index by these settings, or go on with it; say how far it is."""
+        return await self._request("POST", "/v1/reindex", json=settings, params=self._collection)
+
+    async def reindex_status(self) -> Record:
+        """Say how far the new index is."""
+        return await self._request("GET", "/v1/reindex", params=self._collection)
+
+    async def swap_index(self) -> Record:
+        """Make the new index the live one."""
+        return await self._request("POST", "/v1/reindex/swap", params=self._collection)
+
+    async def rollback_index(self) -> Record:
+        """Make the index before the live one live again."""
+        return await self._request("POST", "/v1/reindex/rollback", params=self._collection)
+
+    async def discard_index(self) -> Record:
+        """Remove all indexes but the live one."""
+        return await self._request("DELETE", "/v1/reindex", params=self._collection)
 
     async def readiness(self) -> Record | None:
         """Say whether questions can be answered, with each part; None when no Cleave answers."""
@@ -476,7 +504,7 @@ async def patiently(request: Callable[[], Awaitable[T]]) -> T:
     for attempt in range(1, MAX_TRIES):
         try:
             return await request()
-        except ServiceUnreachable:
+        except (ServiceUnreachable, CollectionMismatch):
             raise
         except Unavailable as error:
             wait_s = 2.0 ** (attempt - 1) if error.retry_after_s is None else error.retry_after_s

@@ -483,9 +483,14 @@ def check_dashboard_port(problem: str | None, *, is_running: bool) -> Finding:
 
 def lock_holder(settings: Settings) -> str | None:
     """Tell which process has the embedded store open; None when none has."""
-    # The engine locks the folder of its write-ahead log.
+    # The engine locks the folder of its write-ahead log, in each collection.
+    logs = sorted((settings.data_dir / "qdrant").glob("[!.]*/wal"))
+    return next(filter(None, map(_log_holder, logs)), None)
+
+
+def _log_holder(path: Path) -> str | None:
     try:
-        log = os.open(settings.data_dir / "qdrant" / settings.store.collection / "wal", os.O_RDONLY)
+        log = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
@@ -537,4 +542,6 @@ def check_readiness(url: str, readiness: Record | None) -> Finding:
             return Finding("service", "ok", detail)
         case "degraded":
             return Finding("service", "warning", f"answers only in quotes ({reasons})", "See the service's log.")
-    return Finding("service", "failed", f"cannot answer ({reasons})", "Wait for it to start, or see its log.")
+    is_mismatch = parts.get("retriever", {}).get("code") == "collection_mismatch"
+    fix = "Run `cleave reindex`." if is_mismatch else "Wait for it to start, or see its log."
+    return Finding("service", "failed", f"cannot answer ({reasons})", fix)

@@ -175,6 +175,10 @@ class SearchQuery:
     """The user's earlier questions, newest first; they count lightly."""
     recognise_filters: bool = False
     """Also filter by authors and other metadata values that `text` names, in fields that `filters` leaves open."""
+    collection: str | None = None
+    """None: the configured one."""
+    index: Literal["live", "candidate"] = "live"
+    """`candidate`: the new index of a reindexing that is not live yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,3 +265,36 @@ class RetrieverInfo:
     num_chunks: int
     filter_fields: tuple[str, ...]
     embedding_model: str
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionInfo:
+    """One collection of a service; `embedding_model` is the one that wrote it."""
+
+    name: str
+    num_documents: int
+    num_chunks: int
+    embedding_model: str
+    is_default: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReindexStatus:
+    """How far the rebuilding of a collection's index is.
+
+    `current`: the collection is written with the settings that were asked for. `none`: nothing is being built.
+    `interrupted`: the process that built it has ended. The manifests are those of `Stamp`.
+    """
+
+    collection: str
+    state: Literal["none", "current", "building", "built", "interrupted", "failed"]
+    num_done: int
+    """Documents in the new index."""
+    num_documents: int
+    live: Mapping[str, Scalar | None]
+    candidate: Mapping[str, Scalar | None] | None = None
+    has_previous: bool = False
+    """There is an earlier index to go back to."""
+    is_live_served: bool = True
+    """Questions are answered from the live index: it was written with the service's settings."""
+    error: str | None = None

@@ -1,6 +1,7 @@
 """The encoder: texts to vectors, through sentence-transformers."""
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.acceleration import accelerate, native_dtype
-from app.models import resolve_encoder
+from app.models import identify, resolve_encoder
 from app.settings import EmbeddingSettings
 
 Vectors = NDArray[np.float32]
@@ -18,7 +19,7 @@ Vectors = NDArray[np.float32]
 class Embedder:
     """A loaded encoder. Vectors are unit length, so their dot product is the cosine."""
 
-    def __init__(self, settings: EmbeddingSettings) -> None:
+    def __init__(self, settings: EmbeddingSettings, turn: asyncio.Lock | None = None) -> None:
         # Heavy: only the process that encodes pays for it.
         import torch
         from sentence_transformers import SentenceTransformer
@@ -39,10 +40,11 @@ class Embedder:
         self._batch_size = settings.batch_size
         # One thread, so that a pass whose caller has gone still ends before the next one begins.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder")
-        self.turn = asyncio.Lock()
-        """Held during a forward pass. One at a time: two would share the same cores and both be late."""
+        # Held during a forward pass, also of other models: two at once would share the same cores and both be late.
+        self._turn = turn or asyncio.Lock()
         self.model_name = settings.model
-        self.revision = found.revision
+        self.revision = identify(found)
+        self.tokenizer = hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
         self.query_prefix = self._prefix(settings.query_prefix, "query")
         self.document_prefix = self._prefix(settings.document_prefix, "document", "passage", "corpus")
         self.window: int = self._model.get_max_seq_length()
@@ -63,7 +65,7 @@ class Embedder:
         by_length = sorted(range(len(texts)), key=lambda position: len(texts[position]))
         for start in range(0, len(texts), self._batch_size):
             batch = by_length[start : start + self._batch_size]
-            async with self.turn:
+            async with self._turn:
                 run = asyncio.get_running_loop().run_in_executor
                 vectors[batch] = await run(self._thread, self._encode, [texts[position] for position in batch], prefix)
         return vectors

@@ -11,16 +11,17 @@ CleaveError
  +- NotFound                  404
  |   +- ModelNotFound         404
  |   +- DocumentNotFound      404
+ |   +- CollectionNotFound    404
  +- Unavailable               503  try again; `retry_after_s` says when
  |   +- LLMUnavailable        503
  |   |   +- LLMCold           503
  |   +- RetrieverUnavailable  503
+ |   +- CollectionMismatch    503
  |   +- Overloaded            429
  +- WriteConflict             409  others write the same document all the time
  +- DeletionFailed            500  a deleted document is still found
  +- DeadlineExceeded          504
  +- ConfigurationError        500  the service does not start; the message says what to change
-     +- CollectionMismatch    500
 
 Adapters translate foreign errors into these at their border; the API turns them into OpenAI error objects in
 one handler. They pickle, so they cross processes unchanged.
@@ -107,6 +108,12 @@ class DocumentNotFound(NotFound):
     code = "document_not_found"
 
 
+class CollectionNotFound(NotFound):
+    """A collection that the service does not hold."""
+
+    code = "collection_not_found"
+
+
 class Unavailable(CleaveError):
     """A part is down or starting; the same request can succeed later."""
 
@@ -130,6 +137,12 @@ class RetrieverUnavailable(Unavailable):
     """The retriever does not answer."""
 
     code = "retriever_unavailable"
+
+
+class CollectionMismatch(Unavailable):
+    """The collection was written with other settings than the service's; until it is rebuilt, nobody uses it."""
+
+    code = "collection_mismatch"
 
 
 class Overloaded(Unavailable):
@@ -166,9 +179,3 @@ class ConfigurationError(CleaveError):
     """The service cannot start like this."""
 
     code = "configuration_error"
-
-
-class CollectionMismatch(ConfigurationError):
-    """The collection was written with other settings than those it is opened with."""
-
-    code = "collection_mismatch"

@@ -4,20 +4,26 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
-from app import sparse
-from app.chunking import split
+from app import prompts, sparse
+from app.chunking import CHUNKER_VERSION, split
 from app.domain import Chunk, Document, EncodedChunk, IngestReceipt
 from app.embedding import Embedder
 from app.errors import CleaveError, ConfigurationError
-from app.settings import ChunkingSettings
+from app.loaders import CLEANER_VERSION
+from app.settings import Branch, ChunkingSettings, EmbeddingSettings
 from app.store import Chunks, Manifest, Store
 from app.telemetry import logger
 
+B = TypeVar("B", bound=Branch)
+
 MAX_PREFIX_TOKENS = 64
 """Room for title and heading before a chunk's text in what the encoder reads."""
-TEXT_FORMAT = "title, heading, text; NFKC; 1"
-"""Names how text becomes encoder input; change the number with the code, and old collections are refused."""
+TEXT_FORMAT = "title, heading, text; 1"
+"""Names how a chunk becomes encoder input; change the number with the code, and old collections are refused."""
+DISTANCE = "cosine"
 
 
 MAX_CHUNKS_AT_ONCE = 512
@@ -157,16 +163,38 @@ def check_window(embedder: Embedder, settings: ChunkingSettings) -> None:
         )
 
 
-def manifest(embedder: Embedder, settings: ChunkingSettings) -> Manifest:
-    """Say what ingestion uses: stamped into a new collection, compared with the stamp of an old one."""
+def manifest(embedder: Embedder, settings: ChunkingSettings, *, chat_template: Path | None = None) -> Manifest:
+    """Say what documents and questions go through: stamped into a collection, compared with the stamp of an old one.
+
+    A key named after a setting holds that setting; see `recorded_settings`.
+    """
     return {
+        "text.cleaner": CLEANER_VERSION,
+        "text.format": TEXT_FORMAT,
+        "chunking.version": CHUNKER_VERSION,
+        "chunking.max_tokens": settings.max_tokens,
         "embedding.model": embedder.model_name,
         "embedding.revision": embedder.revision,
-        "embedding.dimension": embedder.dimension,
+        "embedding.tokenizer": embedder.tokenizer,
         "embedding.window": embedder.window,
         "embedding.query_prefix": embedder.query_prefix,
         "embedding.document_prefix": embedder.document_prefix,
-        "chunking.max_tokens": settings.max_tokens,
-        "text.format": TEXT_FORMAT,
+        "embedding.dimension": embedder.dimension,
+        "embedding.distance": DISTANCE,
         **sparse.MANIFEST,
+        **prompts.manifest(chat_template),
     }
+
+
+def recorded_settings(
+    stamped: Manifest, embedding: EmbeddingSettings, chunking: ChunkingSettings
+) -> tuple[EmbeddingSettings, ChunkingSettings]:
+    """Give the settings that a collection was written with; what a manifest does not hold is about the machine."""
+    return _recorded(stamped, "embedding", embedding), _recorded(stamped, "chunking", chunking)
+
+
+def _recorded(stamped: Manifest, branch: str, settings: B) -> B:
+    recorded = {
+        name: stamped[f"{branch}.{name}"] for name in type(settings).model_fields if f"{branch}.{name}" in stamped
+    }
+    return settings.model_copy(update=recorded)

@@ -43,7 +43,7 @@ QUIET_ENVIRONMENT = {
     "RAY_ADDRESS": "local",
 }
 FATAL = re.compile(
-    r"app\.errors\.(?:ConfigurationError|CollectionMismatch): (?P<message>.+)"
+    r"app\.errors\.ConfigurationError: (?P<message>.+)"
     r"|Deploying app .+ failed|DEPLOY_FAILED"
 )
 DASHBOARD = re.compile(r"dashboard at (?P<address>\S+)")
@@ -219,6 +219,8 @@ def _progress(config: Config, readiness: dict[str, Any]) -> list[str]:
     if parts.get("retriever", {}).get("status") == "ok":
         held = parts["retriever"]
         reached.append(f"retriever is ready: {held['num_documents']} documents, {held['num_chunks']} chunks")
+    if parts.get("retriever", {}).get("code") == "collection_mismatch":
+        reached.append(f"not ready: {parts['retriever']['error']}")
     if parts.get("llm", {}).get("status") == "ok":
         reached.append(f"language model is ready: {parts['llm']['id']}")
     if llm.engine == "openai" and "error" in parts.get("llm", {}):

@@ -28,6 +28,8 @@ import yaml
 from app.domain import Document, Metadata, Scalar
 from app.errors import TooLarge, UnreadableFile
 
+CLEANER_VERSION = 1
+"""Names how text is normalised; raised with `normalise`, it makes services refuse collections written before."""
 NO_METADATA: Metadata = {}
 
 MAX_DOCX_XML_BYTES = 20 * 2**20

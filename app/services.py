@@ -3,22 +3,23 @@
 import asyncio
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.catalog import LocalRetriever
 from app.chat import ChatService
+from app.collection import IndexBuilder
 from app.domain import Document, Grounding
-from app.embedding import Embedder
-from app.errors import ConfigurationError
-from app.ingestion import Ingestor, manifest
+from app.errors import CollectionMismatch, ConfigurationError
 from app.llm import LLM
 from app.llm.openai_http import OpenAIEngine, check_url
 from app.loaders import SUFFIXES, load_file, walk
 from app.models import check_chat_model
 from app.reranking import Reranker
-from app.retrieval import LocalRetriever, Retriever
-from app.settings import Device, LLMSettings, PlanningSettings, Settings
-from app.store import Manifest, Store
+from app.retrieval import Retriever
+from app.settings import Device, IndexSettings, LLMSettings, PlanningSettings, Settings
+from app.store import Database
 from app.telemetry import logger
 
 
@@ -54,16 +55,20 @@ async def build_services(
 
 
 async def build_retriever(settings: Settings) -> LocalRetriever:
-    """Load the encoder and the cross-encoder, open the store, and fill a new collection from `seed`."""
-    embedder = await asyncio.to_thread(Embedder, settings.embedding)
+    """Load the encoder and the cross-encoder, open the configured collection, and fill it from `seed` when it is new.
+
+    A collection that was written with other settings is no error here: the service lives, and says what to do.
+    """
+    turn = asyncio.Lock()
     reranker = None
     if settings.reranking.model is not None:
-        reranker = await asyncio.to_thread(Reranker, settings.reranking, embedder.turn)
-    store = await _open_store(settings, embedder.dimension, manifest(embedder, settings.chunking))
-    ingestor = Ingestor(embedder, store, settings.chunking)
-    retriever = LocalRetriever(embedder, store, ingestor, settings.retrieval, settings.store.collection, reranker)
+        reranker = await asyncio.to_thread(Reranker, settings.reranking, turn)
+    builder = IndexBuilder(settings.retrieval, settings.llm.chat_template, reranker=reranker, turn=turn)
+    index = IndexSettings(embedding=settings.embedding, chunking=settings.chunking)
+    retriever = await LocalRetriever.open(await _open_database(settings), builder, index, settings.store.collection)
     if settings.seed is not None:
-        await _seed(retriever, settings, settings.seed)
+        with suppress(CollectionMismatch):
+            await _seed(retriever, settings, settings.seed)
     return retriever
 
 
@@ -126,25 +131,18 @@ def _is_large(settings: Settings, device: Device) -> bool:
     return device == "gpu" or settings.llm.engine == "openai"
 
 
-async def _open_store(settings: Settings, dimension: int, stamp: Manifest) -> Store:
+async def _open_database(settings: Settings) -> Database:
     if settings.store.kind == "embedded":
-        from app.store.edge import open_edge_store
+        from app.store.edge import EdgeDatabase
 
         # The engine holds Python's global lock through each call. Asking for it back sooner than after the usual 5 ms
         # keeps the event loop punctual: with 16 busy clients 11 ms late at worst, in place of 52.
         sys.setswitchinterval(0.0005)
-        path = settings.data_dir / "qdrant" / settings.store.collection
-        return await asyncio.to_thread(open_edge_store, path, dimension=dimension, manifest=stamp)
-    from app.store.server import open_server_store
+        return EdgeDatabase(settings.data_dir / "qdrant")
+    from app.store.server import open_server_database
 
     url = ":memory:" if settings.store.kind == "memory" else settings.store.url
-    return await open_server_store(
-        url=url,
-        api_key=settings.store.api_key or os.environ.get("QDRANT_API_KEY"),
-        collection=settings.store.collection,
-        dimension=dimension,
-        manifest=stamp,
-    )
+    return await open_server_database(url=url, api_key=settings.store.api_key or os.environ.get("QDRANT_API_KEY"))
 
 
 async def _seed(retriever: LocalRetriever, settings: Settings, seed: Path) -> None:

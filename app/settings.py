@@ -21,7 +21,7 @@ class Branch(BaseModel):
 
 
 class EmbeddingSettings(Branch):
-    """The encoder. Changing it needs a new collection: what it wrote before cannot be compared."""
+    """The encoder. Another one needs another index (`cleave reindex`): what it wrote before cannot be compared."""
 
     model: str = Field("all-MiniLM-L6-v2", description="bundled name, hub-id[@revision], or folder")
     batch_size: int = Field(32, ge=1, le=1024)
@@ -35,6 +35,13 @@ class ChunkingSettings(Branch):
     """How documents are cut. Lengths are tokens of the encoder."""
 
     max_tokens: int = Field(160, ge=16, description="of one chunk's text, without its title")
+
+
+class IndexSettings(Branch):
+    """What a collection is written with."""
+
+    embedding: EmbeddingSettings = EmbeddingSettings()
+    chunking: ChunkingSettings = ChunkingSettings()
 
 
 class StoreSettings(Branch):

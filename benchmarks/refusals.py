@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from app.answerability import assess
+from app.catalog import LocalRetriever
 from app.domain import Document, Message, Passage, SearchQuery
 from app.grounding import rank_evidence
 from app.loaders import iterate_jsonl
 from app.planning import plan_query
-from app.retrieval import LocalRetriever
 from app.services import build_retriever
 from app.settings import Settings, StoreSettings
 

@@ -58,7 +58,7 @@ async def measure(candidates: list[int], repetitions: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_cross_encoder(Path(folder)))
         settings = RerankingSettings(model=model, num_candidates=max(candidates), timeout_s=600)
-        reranker = Reranker(settings, embedder.turn)
+        reranker = Reranker(settings, asyncio.Lock())
     if (await reranker.rerank(QUESTION, passages))[1]:
         raise SystemExit("The cross-encoder failed; the log above says why.")
     embedding: list[float] = []

@@ -13,6 +13,7 @@ from deployments.versions import versioned
 # The branches of the settings that a deployment reads, and whose change restarts it.
 KNOWLEDGE = ("data_dir", "seed", "embedding", "chunking", "store", "retrieval", "reranking", "api", "logging")
 BUSINESS = ("planning", "answer", "api", "retrieval", "logging")
+# Beside these, of `llm` the chat template, which is part of what a collection is stamped with.
 MODEL = ("data_dir", "llm", "logging")
 
 
@@ -26,7 +27,7 @@ def monolith(settings: Settings) -> Application:
 def two_tier(settings: Settings) -> Application:
     """Business logic with retrieval on CPUs, the LLM apart."""
     device = _device(settings)
-    own = _decided(settings, device).only(*BUSINESS, *KNOWLEDGE)
+    own = _with_chat_template(_decided(settings, device).only(*BUSINESS, *KNOWLEDGE), settings)
     ingress = Ingress.options(ray_actor_options=business_options(device, num_cpus=0.5))
     return versioned(ingress, own, "LLM").bind(own, llm=_llm(settings, device))
 
@@ -34,7 +35,8 @@ def two_tier(settings: Settings) -> Application:
 def three_tier(settings: Settings) -> Application:
     """API, retrieval and LLM each apart, each scaled by itself."""
     device = _device(settings)
-    own, knowledge = _decided(settings, device).only(*BUSINESS), settings.only(*KNOWLEDGE)
+    own = _decided(settings, device).only(*BUSINESS)
+    knowledge = _with_chat_template(settings.only(*KNOWLEDGE), settings)
     # It holds nothing that two could not hold: the new replicas start before the old ones end.
     ingress = Ingress.options(ray_actor_options=business_options(device, num_cpus=0.2), max_surge_percent=100)
     retriever = Retriever.options(ray_actor_options=business_options(device, num_cpus=0.4))
@@ -47,6 +49,11 @@ def _llm(settings: Settings, device: Device) -> Application:
     model = settings.only(*MODEL)
     llm = LLM.options(ray_actor_options=llm_options(device, num_cpus=0.4))
     return versioned(llm, model, device).bind(model, device)
+
+
+def _with_chat_template(own: Settings, settings: Settings) -> Settings:
+    llm = own.llm.model_copy(update={"chat_template": settings.llm.chat_template})
+    return own.model_copy(update={"llm": llm})
 
 
 def _decided(settings: Settings, device: Device) -> Settings:

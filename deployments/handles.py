@@ -13,18 +13,21 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from app.domain import (
+    CollectionInfo,
     DeletionReceipt,
     Delta,
     Document,
     GenerationRequest,
     IngestReceipt,
     ModelInfo,
+    ReindexStatus,
     RetrieverInfo,
     SearchQuery,
     SearchResult,
     StoredDocument,
 )
 from app.errors import CleaveError, LLMCold, LLMUnavailable, Overloaded, RetrieverUnavailable, Unavailable
+from app.settings import IndexSettings
 from app.telemetry import logger
 from deployments.tier import MAX_AGE_S, Tier
 
@@ -46,25 +49,56 @@ class RetrieverHandle:
         """See `Retriever.search`."""
         return cast(SearchResult, await self._call("search", query))
 
-    async def ingest(self, documents: Sequence[Document]) -> list[IngestReceipt]:
+    async def ingest(self, documents: Sequence[Document], *, collection: str | None = None) -> list[IngestReceipt]:
         """See `Retriever.ingest`."""
-        return cast(list[IngestReceipt], await self._call("ingest", documents))
+        return cast(list[IngestReceipt], await self._call("ingest", documents, collection=collection))
 
-    async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
+    async def documents(
+        self, *, after: str | None = None, limit: int = 100, collection: str | None = None
+    ) -> list[StoredDocument]:
         """See `Retriever.documents`."""
-        return cast(list[StoredDocument], await self._call("documents", after=after, limit=limit))
+        found = await self._call("documents", after=after, limit=limit, collection=collection)
+        return cast(list[StoredDocument], found)
 
-    async def document(self, document_id: str) -> tuple[StoredDocument, str]:
+    async def document(self, document_id: str, *, collection: str | None = None) -> tuple[StoredDocument, str]:
         """See `Retriever.document`."""
-        return cast(tuple[StoredDocument, str], await self._call("document", document_id))
+        return cast(tuple[StoredDocument, str], await self._call("document", document_id, collection=collection))
 
-    async def delete(self, document_id: str) -> DeletionReceipt:
+    async def delete(self, document_id: str, *, collection: str | None = None) -> DeletionReceipt:
         """See `Retriever.delete`."""
-        return cast(DeletionReceipt, await self._call("delete", document_id))
+        return cast(DeletionReceipt, await self._call("delete", document_id, collection=collection))
 
-    async def info(self) -> RetrieverInfo:
+    async def info(self, *, collection: str | None = None) -> RetrieverInfo:
         """See `Retriever.info`."""
-        return cast(RetrieverInfo, await self._call("info"))
+        return cast(RetrieverInfo, await self._call("info", collection=collection))
+
+    async def collections(self) -> list[CollectionInfo]:
+        """See `Retriever.collections`."""
+        return cast(list[CollectionInfo], await self._call("collections"))
+
+    async def drop_collection(self, name: str) -> None:
+        """See `Retriever.drop_collection`."""
+        await self._call("drop_collection", name)
+
+    async def reindex(self, settings: IndexSettings, *, collection: str | None = None) -> ReindexStatus:
+        """See `Retriever.reindex`."""
+        return cast(ReindexStatus, await self._call("reindex", settings, collection=collection))
+
+    async def reindex_status(self, *, collection: str | None = None) -> ReindexStatus:
+        """See `Retriever.reindex_status`."""
+        return cast(ReindexStatus, await self._call("reindex_status", collection=collection))
+
+    async def swap_index(self, *, collection: str | None = None) -> ReindexStatus:
+        """See `Retriever.swap_index`."""
+        return cast(ReindexStatus, await self._call("swap_index", collection=collection))
+
+    async def rollback_index(self, *, collection: str | None = None) -> ReindexStatus:
+        """See `Retriever.rollback_index`."""
+        return cast(ReindexStatus, await self._call("rollback_index", collection=collection))
+
+    async def discard_index(self, *, collection: str | None = None) -> ReindexStatus:
+        """See `Retriever.discard_index`."""
+        return cast(ReindexStatus, await self._call("discard_index", collection=collection))
 
     async def close(self) -> None:
         """Nothing is held here: the deployment closes itself."""

@@ -58,7 +58,7 @@ class QdrantPeer:
                 body = model.model_validate_json(await request.body()) if model else None
                 async with self._one_at_a_time:
                     # In a thread, so that who asks for the version need not wait.
-                    result = await asyncio.to_thread(operation, self._engine, request.path_params["name"], body)
+                    result = await asyncio.to_thread(operation, self._engine, request.path_params.get("name", ""), body)
             except ValueError as error:
                 return JSONResponse({"status": {"error": str(error)}, "time": 0.0}, _status(error))
             content = {"result": to_jsonable_python(result), "status": "ok", "time": time.monotonic() - started}
@@ -127,9 +127,29 @@ def _facet(engine: QdrantClient, name: str, body: models.FacetRequest) -> Any:
     return engine.facet(name, **_given(body, filter="facet_filter"))
 
 
+def _drop(engine: QdrantClient, name: str, _: None) -> Any:
+    return engine.delete_collection(name)
+
+
+def _collections(engine: QdrantClient, _: str, __: None) -> Any:
+    return engine.get_collections()
+
+
+def _aliases(engine: QdrantClient, _: str, __: None) -> Any:
+    return engine.get_aliases()
+
+
+def _change_aliases(engine: QdrantClient, _: str, body: models.ChangeAliasesOperation) -> Any:
+    return engine.update_collection_aliases(body.actions)
+
+
 OPERATIONS: tuple[tuple[str, str, type[BaseModel] | None, Operation], ...] = (
     ("GET", "/collections/{name}/exists", None, _exists),
+    ("GET", "/collections", None, _collections),
+    ("GET", "/aliases", None, _aliases),
+    ("POST", "/collections/aliases", models.ChangeAliasesOperation, _change_aliases),
     ("PUT", "/collections/{name}", models.CreateCollection, _create),
+    ("DELETE", "/collections/{name}", None, _drop),
     ("PUT", "/collections/{name}/index", models.CreateFieldIndex, _index),
     ("PUT", "/collections/{name}/points", models.PointsList, _upsert),
     ("POST", "/collections/{name}/points/batch", models.UpdateOperations, _batch),

@@ -25,12 +25,13 @@ from reportlab.lib.pdfencrypt import StandardEncryption
 from reportlab.pdfgen.canvas import Canvas
 
 from app.api import create_api, health, sse
+from app.catalog import LocalRetriever
 from app.chat import REFUSAL, ChatService
 from app.domain import Document, Grounding, RetrieverInfo, SearchQuery, SearchResult
 from app.errors import ContextTooLong, DeadlineExceeded, LLMUnavailable, Overloaded, RetrieverUnavailable
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
-from app.retrieval import LocalRetriever, Retriever
+from app.retrieval import Retriever
 from app.services import Services, build_retriever
 from app.settings import APISettings, Settings, StoreSettings
 from tests.scripted_llm import ScriptedLLM
@@ -649,14 +650,14 @@ class DownRetriever:
     async def search(self, query: SearchQuery) -> SearchResult:
         raise RetrieverUnavailable("The retriever does not answer.", retry_after_s=5)
 
-    async def info(self) -> RetrieverInfo:
+    async def info(self, *, collection: str | None = None) -> RetrieverInfo:
         raise RetrieverUnavailable("The retriever does not answer.", retry_after_s=5)
 
 
 class StuckRetriever(DownRetriever):
     """A retriever that never answers."""
 
-    async def info(self) -> RetrieverInfo:
+    async def info(self, *, collection: str | None = None) -> RetrieverInfo:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -664,7 +665,7 @@ class StuckRetriever(DownRetriever):
 class BrokenRetriever(DownRetriever):
     """A retriever with an error that nobody foresaw."""
 
-    async def info(self) -> RetrieverInfo:
+    async def info(self, *, collection: str | None = None) -> RetrieverInfo:
         raise ZeroDivisionError("secret")
 
 
@@ -691,7 +692,11 @@ async def test_a_service_without_its_engine_is_degraded_and_answers(retriever: L
     async with client_of(retriever, ScriptedLLM(down, down=down)) as client:
         response = await client.get("/readyz?verbose")
         assert (response.status_code, response.json()["status"]) == (200, "degraded")
-        assert response.json()["parts"]["llm"] == {"status": "unavailable", "error": "The engine is down."}
+        assert response.json()["parts"]["llm"] == {
+            "status": "unavailable",
+            "error": "The engine is down.",
+            "code": "llm_unavailable",
+        }
         rag = (await ask(client)).json()["rag"]
     assert (rag["degraded"], rag["grounded"]) == (["llm_unavailable"], "quotes")
 
@@ -1094,6 +1099,13 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
         ("/v1/documents/{document_id}", "get"),
         ("/v1/documents/{document_id}", "delete"),
         ("/v1/search", "post"),
+        ("/v1/collections", "get"),
+        ("/v1/collections/{name}", "delete"),
+        ("/v1/reindex", "get"),
+        ("/v1/reindex", "post"),
+        ("/v1/reindex", "delete"),
+        ("/v1/reindex/swap", "post"),
+        ("/v1/reindex/rollback", "post"),
         ("/livez", "get"),
         ("/health", "get"),
         ("/readyz", "get"),

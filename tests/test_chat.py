@@ -12,13 +12,13 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.catalog import LocalRetriever
 from app.chat import NEAR_MISS, REFUSAL, AnswerEnd, AnswerStart, AnswerText, ChatRequest, ChatService
 from app.citations import find_citations
 from app.domain import Document, Grounding, Message, Passage, Refusal, SamplingParams, Sentence
 from app.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, LLMUnavailable, UnknownFilter
 from app.gate import Gate
 from app.prompts import CITING_INSTRUCTIONS, PLAIN_INSTRUCTIONS, compose
-from app.retrieval import LocalRetriever
 from app.services import build_retriever
 from app.settings import AnswerSettings, PlanningSettings, Settings, StoreSettings
 from tests.scripted_llm import ScriptedLLM

@@ -1,3 +1,4 @@
+import hashlib
 import re
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app import chunking
-from app.chunking import sentences, split
+from app.chunking import CHUNKER_VERSION, sentences, split
 from app.domain import Chunk
 
 
@@ -340,3 +341,12 @@ def test_few_pieces_at_a_time_are_joined_as_all_of_them(monkeypatch: pytest.Monk
     whole = split(text, MINILM, max_tokens=64)
     monkeypatch.setattr(chunking, "MAX_PIECES_AT_ONCE", 200)
     assert split(text, MINILM, max_tokens=64) == whole
+
+
+def test_whoever_changes_how_documents_are_cut_raises_the_version() -> None:
+    """Collections that were cut in another way must be told apart; the digest changes together with the number."""
+    articles = sorted((Path(__file__).parent.parent / "examples" / "articles").glob("*.md"))
+    chunks = [chunk for one in articles for chunk in split(one.read_text("utf-8"), MINILM, max_tokens=100)]
+    spans = [(chunk.start, chunk.end, chunk.heading) for chunk in chunks]
+    digest = hashlib.sha256(repr(spans).encode()).hexdigest()[:8]
+    assert (CHUNKER_VERSION, digest) == (1, "058fb9e4")

@@ -28,7 +28,8 @@ from app.errors import InvalidRequest, UnknownFilter
 
 PROGRAM = Path(sys.executable).with_name("cleave")
 QUESTION = "How long did the Reading Room outage on 14 October 2025 last?"
-VERBS = ["serve", "doctor", "ingest", "ask", "search", "documents", "documents show", "documents delete", "eval"]
+VERBS = ["serve", "doctor", "ingest", "ask", "search", "eval", "reindex"]
+VERBS += ["documents", "documents show", "documents delete"]
 
 
 def cleave(url: str, *arguments: str | Path, input: str | None = None) -> Result:
@@ -82,6 +83,8 @@ def test_the_version_is_told() -> None:
         (["ingest", "/nowhere"], "does not exist"),
         (["ask", "x", "--top-k", "0"], "--top-k"),
         (["fly"], "No such command"),
+        (["reindex", "--config", "/nowhere.yaml"], "/nowhere.yaml: there is no such file."),
+        (["reindex", "--rollback", "--discard"], "--rollback and --discard: name one of them."),
     ],
 )
 def test_wrong_use_is_one_message_and_exit_code_2(arguments: list[str], message: str) -> None:
@@ -100,6 +103,7 @@ def test_wrong_use_is_one_message_and_exit_code_2(arguments: list[str], message:
         ["documents"],
         ["documents", "show", "x"],
         ["ingest", __file__],
+        ["reindex", "--rollback"],
     ],
     ids=" ".join,
 )

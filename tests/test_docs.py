@@ -15,6 +15,7 @@ from app.chat import AnswerEnd, AnswerEvent, AnswerStart
 from app.cli import main
 from app.domain import Grounded
 from app.errors import CleaveError
+from app.prompts import CITING_INSTRUCTIONS
 from app.settings import Branch, Settings
 
 ROOT = Path(__file__).parent.parent
@@ -23,8 +24,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "e
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 VERBS = set(typer.main.get_command(main).commands)  # type: ignore[attr-defined]
 
-NEVER_ANSWERED = {"unreadable_file", "collection_mismatch"}
-"""What is reported per file; what ends the start."""
+NEVER_ANSWERED = {"unreadable_file"}
+"""What is reported per file."""
 FOREIGN_CODES = {"bad_request", "method_not_allowed", "unsupported_media_type"}
 """Of errors that are the web framework's own."""
 
@@ -144,6 +145,19 @@ def test_the_table_of_commands_names_every_verb_and_target() -> None:
 @pytest.mark.parametrize("block", [block["code"] for block in FENCED.finditer(README) if block["language"] == "python"])
 def test_python_in_the_readme_compiles(block: str) -> None:
     compile(block, "README.md", "exec")
+
+
+def test_the_example_of_training_data_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    [block] = [one["code"] for one in FENCED.finditer((ROOT / "docs" / "training.md").read_text(encoding="utf-8"))]
+    names: dict[str, Any] = {}
+    exec(compile(block, "training.md", "exec"), names)
+    system, user, assistant = names["made"]["messages"]
+    assert system == {"role": "system", "content": CITING_INSTRUCTIONS}
+    assert user["content"].startswith("[1] Post-mortem of the Reading Room outage")
+    assert user["content"].endswith("Question: How long did the outage last?")
+    assert assistant["content"] == "It lasted 52 minutes. [1]"
+    assert set(names["made"]["format"]) == {"prompt.format", "prompt.chat_template"}
 
 
 @pytest.mark.parametrize(

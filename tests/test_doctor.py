@@ -294,6 +294,14 @@ def test_a_data_folder_that_cannot_be_made_is_a_failure(tmp_path: Path) -> None:
     assert doctor.check_writable(tmp_path / "a" / "b").status == "ok"
 
 
+def test_a_collection_of_other_settings_is_named_with_the_command_that_mends_it() -> None:
+    line = "The collection 'default' was written with other settings than the service's (a: was 1, now 2): run ..."
+    part = {"status": "unavailable", "error": line, "code": "collection_mismatch"}
+    found = doctor.check_readiness("http://x", {"status": "not_ready", "parts": {"retriever": part}})
+    assert (found.status, found.fix) == ("failed", "Run `cleave reindex`.")
+    assert line in found.detail
+
+
 def test_an_open_store_is_only_right_while_a_service_runs(tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path)
     assert doctor.lock_holder(settings) is None

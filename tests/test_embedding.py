@@ -14,7 +14,7 @@ from app.embedding import Embedder, Vectors
 from app.ingestion import manifest
 from app.models import resolve_encoder
 from app.settings import ChunkingSettings, EmbeddingSettings
-from tests.tiny_models import make_encoder
+from tests.tiny_models import make_random_encoder
 
 TEXTS = ["A table", "stays in one piece , and its heading with it . " * 9, "?", "", "How long may a section be ?"]
 SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "pad_token_id": 0}
@@ -26,7 +26,7 @@ PROMPTS = {"query": "query : ", "passage": "passage : "}
 @pytest.fixture(scope="module")
 def prompted(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with an encoder that has prompts of its own."""
-    return str(make_encoder(tmp_path_factory.mktemp("prompted"), BERT, pooling="cls", prompts=PROMPTS))
+    return str(make_random_encoder(tmp_path_factory.mktemp("prompted"), BERT, pooling="cls", prompts=PROMPTS))
 
 
 def reference(model: str, texts: list[str], prompt: str = "") -> Vectors:
@@ -71,7 +71,7 @@ async def test_the_bundled_model_is_accelerated_and_gives_the_vectors_of_sentenc
 async def test_other_architectures_and_poolings_are_accelerated_too(
     transformer: PreTrainedConfig, pooling: str, tmp_path: Path
 ) -> None:
-    model = str(make_encoder(tmp_path, transformer, pooling=pooling))
+    model = str(make_random_encoder(tmp_path, transformer, pooling=pooling))
     embedder = Embedder(EmbeddingSettings(model=model, dtype="float32"))
     assert is_accelerated(embedder)
     assert lowest_cosine(await embedder.embed_documents(TEXTS), reference(model, TEXTS)) > 0.9999
@@ -81,7 +81,7 @@ async def test_what_openvino_cannot_run_runs_in_pytorch_and_one_line_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("cleave"), "propagate", True)
-    model = str(make_encoder(tmp_path, FNetConfig(**SIZE, max_position_embeddings=80)))
+    model = str(make_random_encoder(tmp_path, FNetConfig(**SIZE, max_position_embeddings=80)))
     embedder = Embedder(EmbeddingSettings(model=model, dtype="float32"))
     assert not is_accelerated(embedder)
     assert [record.getMessage() for record in caplog.records if record.name == "cleave"] == [

@@ -10,6 +10,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.catalog import LocalRetriever
 from app.chat import AnswerEnd, AnswerText, ChatRequest, ChatService
 from app.citations import find_citations, without_markers
 from app.control_tokens import control_pattern, control_tokens, defused
@@ -18,7 +19,6 @@ from app.errors import LLMUnavailable
 from app.loaders import normalise
 from app.models import check_chat_model
 from app.prompts import CITING_INSTRUCTIONS, compose
-from app.retrieval import LocalRetriever
 from app.services import build_llm, build_retriever
 from app.settings import AnswerSettings, LLMSettings, Settings, StoreSettings
 from tests.scripted_llm import ScriptedLLM

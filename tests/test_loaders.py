@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import subprocess
@@ -15,7 +16,7 @@ from reportlab.pdfgen.canvas import Canvas
 
 from app.domain import Document
 from app.errors import TooLarge, UnreadableFile
-from app.loaders import SUFFIXES, iterate_jsonl, load_file, normalise, read_lines
+from app.loaders import CLEANER_VERSION, SUFFIXES, iterate_jsonl, load_file, normalise, read_lines
 
 MEBIBYTE = 2**20
 
@@ -436,3 +437,12 @@ def test_code_is_kept_byte_for_byte(code: str, fence: str, prose: str):
 
 def test_every_kind_of_file_is_listed():
     assert set(SUFFIXES) == {".md", ".markdown", ".txt", ".html", ".htm", ".pdf", ".docx", ".jsonl"}
+
+
+def test_whoever_changes_how_text_is_cleaned_raises_the_version() -> None:
+    """Collections that were cleaned in another way must be told apart; the digest changes together with the number."""
+    marks = "\ufb01re 10\u00b2 1\u00bd \uff21\u3000b\u00ad\u200b \u2026 \u212b \u2122 a\u0301"
+    marks += "\r\n\n\n\n\n`\ufb01`  \n\f\ttext \u2029 \ufe0f\u200d"
+    text = f"{marks}\n```\n{marks}\n```\n\n    {marks}"
+    digest = hashlib.sha256(normalise(text).encode()).hexdigest()[:8]
+    assert (CLEANER_VERSION, digest) == (1, "96c0e5a9")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from app.catalog import LocalRetriever
 from app.chat import AnswerEnd, AnswerStart, AnswerText, ChatRequest, ChatService
 from app.domain import Delta, Document, GenerationRequest, Message, Passage, SamplingParams
 from app.errors import CleaveError, ConfigurationError, ContextTooLong, InvalidRequest, LLMUnavailable, Overloaded
 from app.llm.openai_http import ASSUMED_CONTEXT_WINDOW, MAX_EVENT_BYTES, OpenAIEngine
-from app.retrieval import LocalRetriever
 from app.services import build_llm, build_retriever, check_models
 from app.settings import AnswerSettings, LLMSettings, Settings, StoreSettings
 from tests.misbehaving_server import (

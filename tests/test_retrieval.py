@@ -16,7 +16,7 @@ from app.domain import Chunk, Document, EncodedChunk, Filters, SearchQuery, Sear
 from app.embedding import Embedder
 from app.errors import ConfigurationError, DocumentNotFound, UnknownFilter
 from app.ingestion import Ingestor, check_window, manifest
-from app.retrieval import LocalRetriever
+from app.retrieval import Index
 from app.settings import ChunkingSettings, EmbeddingSettings, RetrievalSettings
 from app.store import Store
 from app.store.server import open_server_store
@@ -62,25 +62,25 @@ async def store(embedder: Embedder) -> AsyncIterator[Store]:
 
 
 @pytest.fixture
-def empty(embedder: Embedder, store: Store) -> LocalRetriever:
+def empty(embedder: Embedder, store: Store) -> Index:
     ingestor = Ingestor(embedder, store, ChunkingSettings())
-    return LocalRetriever(embedder, store, ingestor, RetrievalSettings(), "test")
+    return Index(embedder, store, ingestor, RetrievalSettings(), "test")
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def retriever(empty: LocalRetriever) -> LocalRetriever:
+async def retriever(empty: Index) -> Index:
     await empty.ingest([OUTAGE, CACHE, CHUNKS])
     return empty
 
 
 async def search(
-    retriever: LocalRetriever, text: str = QUESTION, *, top_k: int = 5, num_scored: int = 0, **filters: Any
+    retriever: Index, text: str = QUESTION, *, top_k: int = 5, num_scored: int = 0, **filters: Any
 ) -> SearchResult:
     chosen: Filters = filters
     return await retriever.search(SearchQuery(text, top_k, chosen, num_scored))
 
 
-async def recognising(retriever: LocalRetriever, text: str, **filters: Any) -> SearchResult:
+async def recognising(retriever: Index, text: str, **filters: Any) -> SearchResult:
     return await retriever.search(SearchQuery(text, 5, filters, recognise_filters=True))
 
 
@@ -88,7 +88,7 @@ async def recognising(retriever: LocalRetriever, text: str, **filters: Any) -> S
 
 
 @in_one_loop
-async def test_the_passage_that_answers_comes_first_with_all_that_is_known_of_it(retriever: LocalRetriever) -> None:
+async def test_the_passage_that_answers_comes_first_with_all_that_is_known_of_it(retriever: Index) -> None:
     found = await search(retriever)
     best = found.passages[0]
     assert (best.document_id, best.chunk_id, best.title, best.url) == ("outage", "outage#0", OUTAGE.title, OUTAGE.url)
@@ -98,12 +98,12 @@ async def test_the_passage_that_answers_comes_first_with_all_that_is_known_of_it
 
 
 @in_one_loop
-async def test_top_k_bounds_what_is_found(retriever: LocalRetriever) -> None:
+async def test_top_k_bounds_what_is_found(retriever: Index) -> None:
     assert len((await search(retriever, top_k=2)).passages) == 2
 
 
 @in_one_loop
-async def test_an_empty_collection_has_nothing_to_find(empty: LocalRetriever) -> None:
+async def test_an_empty_collection_has_nothing_to_find(empty: Index) -> None:
     assert (await search(empty, num_scored=3)).passages == ()
 
 
@@ -124,7 +124,7 @@ async def test_an_empty_collection_has_nothing_to_find(empty: LocalRetriever) ->
     ],
 )
 async def test_a_filter_keeps_what_matches_in_value_and_type(
-    retriever: LocalRetriever, filters: dict[str, Any], expected: set[str]
+    retriever: Index, filters: dict[str, Any], expected: set[str]
 ) -> None:
     found = await search(retriever, **filters)
     assert {passage.document_id for passage in found.passages} == expected
@@ -132,7 +132,7 @@ async def test_a_filter_keeps_what_matches_in_value_and_type(
 
 @in_one_loop
 async def test_a_filter_on_a_field_that_no_document_has_is_an_error_that_lists_the_fields(
-    retriever: LocalRetriever,
+    retriever: Index,
 ) -> None:
     with pytest.raises(UnknownFilter, match=r"'autor'.*author, draft, year") as caught:
         await search(retriever, autor="Noor", author="Noor")
@@ -140,22 +140,20 @@ async def test_a_filter_on_a_field_that_no_document_has_is_an_error_that_lists_t
 
 
 @in_one_loop
-async def test_no_field_can_be_filtered_in_an_empty_collection(empty: LocalRetriever) -> None:
+async def test_no_field_can_be_filtered_in_an_empty_collection(empty: Index) -> None:
     with pytest.raises(UnknownFilter, match="can be filtered: none"):
         await search(empty, author="Noor")
 
 
 @in_one_loop
 @pytest.mark.parametrize("num_scored", [0, 1, 2, 5])
-async def test_only_the_best_passages_get_their_sentences_scored(retriever: LocalRetriever, num_scored: int) -> None:
+async def test_only_the_best_passages_get_their_sentences_scored(retriever: Index, num_scored: int) -> None:
     passages = (await search(retriever, num_scored=num_scored)).passages
     assert [bool(passage.sentences) for passage in passages] == [place < num_scored for place in range(3)]
 
 
 @in_one_loop
-async def test_a_sentence_is_scored_by_its_cosine_to_the_question(
-    retriever: LocalRetriever, embedder: Embedder
-) -> None:
+async def test_a_sentence_is_scored_by_its_cosine_to_the_question(retriever: Index, embedder: Embedder) -> None:
     for _ in range(2):  # the second time from the cache
         best = (await search(retriever, num_scored=3)).passages[0]
         texts = [sentence.text for sentence in best.sentences]
@@ -167,7 +165,7 @@ async def test_a_sentence_is_scored_by_its_cosine_to_the_question(
 
 
 @in_one_loop
-async def test_sentences_are_those_of_the_new_version_after_an_update(retriever: LocalRetriever) -> None:
+async def test_sentences_are_those_of_the_new_version_after_an_update(retriever: Index) -> None:
     before = (await search(retriever, num_scored=3)).passages[0]
     text = "The Reading Room outage lasted 53 minutes. It was corrected later."
     await retriever.ingest([Document("outage", OUTAGE.title, text, metadata=OUTAGE.metadata)])
@@ -180,9 +178,7 @@ async def test_sentences_are_those_of_the_new_version_after_an_update(retriever:
 
 
 @in_one_loop
-async def test_a_full_cache_forgets_and_still_answers(
-    retriever: LocalRetriever, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_full_cache_forgets_and_still_answers(retriever: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = await search(retriever, num_scored=3)
     monkeypatch.setattr(retrieval, "MAX_CACHED_PASSAGES", 1)
     await retriever.ingest([Document("new", "New", "The Reading Room opens at nine. Bring a card.")])
@@ -194,12 +190,12 @@ async def test_a_full_cache_forgets_and_still_answers(
 
 
 @in_one_loop
-async def test_a_question_made_of_stop_words_still_finds_by_meaning(retriever: LocalRetriever) -> None:
+async def test_a_question_made_of_stop_words_still_finds_by_meaning(retriever: Index) -> None:
     assert len((await search(retriever, "what is it and how?")).passages) == 3
 
 
 @in_one_loop
-async def test_searches_at_once_during_an_ingestion_get_what_they_get_alone(retriever: LocalRetriever) -> None:
+async def test_searches_at_once_during_an_ingestion_get_what_they_get_alone(retriever: Index) -> None:
     questions = [QUESTION, "When is a cache freed?", "Where are manuals cut?"] * 4
     alone = {question: (await search(retriever, question, top_k=1)).passages for question in questions}
     long = Document("long", "Weather", "\n\n".join(f"On day {day} it rained in the hills." for day in range(150)))
@@ -215,27 +211,27 @@ async def test_searches_at_once_during_an_ingestion_get_what_they_get_alone(retr
 
 
 @in_one_loop
-async def test_an_author_that_the_question_names_is_the_only_one_found(retriever: LocalRetriever) -> None:
+async def test_an_author_that_the_question_names_is_the_only_one_found(retriever: Index) -> None:
     found = await recognising(retriever, "What did Teodor write about the outage?")
     assert [passage.document_id for passage in found.passages] == ["cache"]
     assert (found.recognised_filters, found.notice) == ({"author": "Teodor"}, None)
 
 
 @in_one_loop
-async def test_a_filter_of_the_request_wins_over_what_the_question_names(retriever: LocalRetriever) -> None:
+async def test_a_filter_of_the_request_wins_over_what_the_question_names(retriever: Index) -> None:
     found = await recognising(retriever, "What did Teodor write about the outage?", author="Noor")
     assert [passage.document_id for passage in found.passages] == ["outage"]
     assert found.recognised_filters == {}
 
 
 @in_one_loop
-async def test_nothing_is_recognised_unless_it_is_asked_for(retriever: LocalRetriever) -> None:
+async def test_nothing_is_recognised_unless_it_is_asked_for(retriever: Index) -> None:
     found = await search(retriever, "What did Teodor write about the outage?")
     assert (len(found.passages), found.recognised_filters) == (3, {})
 
 
 @in_one_loop
-async def test_recognised_and_given_filters_that_match_nothing_together_say_so(retriever: LocalRetriever) -> None:
+async def test_recognised_and_given_filters_that_match_nothing_together_say_so(retriever: Index) -> None:
     found = await recognising(retriever, "What did Teodor write about the outage?", year=2024)
     assert found.passages == ()
     assert found.notice == (
@@ -244,13 +240,13 @@ async def test_recognised_and_given_filters_that_match_nothing_together_say_so(r
 
 
 @in_one_loop
-async def test_a_value_that_no_document_has_is_answered_with_the_nearest(retriever: LocalRetriever) -> None:
+async def test_a_value_that_no_document_has_is_answered_with_the_nearest(retriever: Index) -> None:
     found = await search(retriever, author="Theodor")
     assert found.notice == 'No document matches the filters: none has author "Theodor". Did you mean "Teodor"?'
 
 
 @in_one_loop
-async def test_what_is_recognised_follows_every_write(retriever: LocalRetriever) -> None:
+async def test_what_is_recognised_follows_every_write(retriever: Index) -> None:
     question = "What does Yusra recommend?"
     assert (await recognising(retriever, question)).recognised_filters == {}
     await retriever.ingest([Document("advice", "Advice", "Write less.", metadata={"author": "Yusra Halim"})])
@@ -262,7 +258,7 @@ async def test_what_is_recognised_follows_every_write(retriever: LocalRetriever)
 
 @in_one_loop
 async def test_what_another_process_writes_is_recognised_in_time(
-    retriever: LocalRetriever, monkeypatch: pytest.MonkeyPatch, embedder: Embedder, store: Store
+    retriever: Index, monkeypatch: pytest.MonkeyPatch, embedder: Embedder, store: Store
 ) -> None:
     monkeypatch.setattr(retrieval, "MAX_METADATA_AGE_S", 0.0)
     question = "What does Yusra recommend?"
@@ -274,7 +270,7 @@ async def test_what_another_process_writes_is_recognised_in_time(
 
 
 @in_one_loop
-async def test_a_follow_up_is_searched_for_with_the_questions_before_it(retriever: LocalRetriever) -> None:
+async def test_a_follow_up_is_searched_for_with_the_questions_before_it(retriever: Index) -> None:
     alone = await retriever.search(SearchQuery("And how much of it is there?", 3))
     found = await retriever.search(SearchQuery("And how much of it is there?", 3, context=(QUESTION,), num_scored=1))
     assert (alone.passages[0].document_id, found.passages[0].document_id) == ("cache", "outage")
@@ -285,7 +281,7 @@ async def test_a_follow_up_is_searched_for_with_the_questions_before_it(retrieve
 
 
 @in_one_loop
-async def test_a_document_is_listed_read_and_deleted(retriever: LocalRetriever) -> None:
+async def test_a_document_is_listed_read_and_deleted(retriever: Index) -> None:
     listed = await retriever.documents()
     assert {one.id for one in listed} == {"outage", "cache", "chunks"}
     assert [one.id for one in await retriever.documents(after=listed[0].id, limit=1)] == [listed[1].id]
@@ -299,7 +295,7 @@ async def test_a_document_is_listed_read_and_deleted(retriever: LocalRetriever) 
 
 
 @in_one_loop
-async def test_info_counts_what_is_held(retriever: LocalRetriever, embedder: Embedder) -> None:
+async def test_info_counts_what_is_held(retriever: Index, embedder: Embedder) -> None:
     info = await retriever.info()
     assert (info.collection, info.num_documents, info.num_chunks) == ("test", 3, 3)
     assert info.filter_fields == ("author", "draft", "year")
@@ -310,7 +306,7 @@ async def test_info_counts_what_is_held(retriever: LocalRetriever, embedder: Emb
 
 
 @in_one_loop
-async def test_ingesting_again_does_nothing_until_something_changed(empty: LocalRetriever) -> None:
+async def test_ingesting_again_does_nothing_until_something_changed(empty: Index) -> None:
     async def status(document: Document) -> str:
         [receipt] = await empty.ingest([document])
         assert (receipt.document_id, receipt.num_chunks, receipt.num_truncated_chunks) == ("outage", 1, 0)
@@ -326,7 +322,7 @@ async def test_ingesting_again_does_nothing_until_something_changed(empty: Local
 
 
 @in_one_loop
-async def test_a_document_sent_twice_at_once_is_held_once_in_its_last_version(empty: LocalRetriever) -> None:
+async def test_a_document_sent_twice_at_once_is_held_once_in_its_last_version(empty: Index) -> None:
     newer = Document("outage", OUTAGE.title, "The outage lasted 53 minutes.")
     receipts = await empty.ingest([OUTAGE, newer, newer])
     assert [receipt.status for receipt in receipts] == ["created", "updated", "unchanged"]
@@ -335,7 +331,7 @@ async def test_a_document_sent_twice_at_once_is_held_once_in_its_last_version(em
 
 
 @in_one_loop
-async def test_a_failing_document_stops_no_other_and_keeps_its_place(empty: LocalRetriever) -> None:
+async def test_a_failing_document_stops_no_other_and_keeps_its_place(empty: Index) -> None:
     unwritable: Any = {"author": object()}
     receipts = await empty.ingest([OUTAGE, Document("bad", "Bad", "Some text.", metadata=unwritable), CACHE])
     assert [receipt.status for receipt in receipts] == ["created", "failed", "created"]
@@ -345,7 +341,7 @@ async def test_a_failing_document_stops_no_other_and_keeps_its_place(empty: Loca
 
 
 @in_one_loop
-async def test_nothing_ingested_is_nothing_to_report(empty: LocalRetriever) -> None:
+async def test_nothing_ingested_is_nothing_to_report(empty: Index) -> None:
     assert await empty.ingest([]) == []
 
 
@@ -363,7 +359,7 @@ async def test_nothing_ingested_is_nothing_to_report(empty: LocalRetriever) -> N
     ],
     ids=lambda document: document.id,
 )
-async def test_no_chunk_is_ever_cut_by_the_encoders_window(empty: LocalRetriever, document: Document) -> None:
+async def test_no_chunk_is_ever_cut_by_the_encoders_window(empty: Index, document: Document) -> None:
     [receipt] = await empty.ingest([document])
     assert (receipt.status, receipt.num_truncated_chunks) == ("created", 0)
 
@@ -381,9 +377,7 @@ def test_whatever_is_written_fits_the_window(embedder: Embedder, title: str, tex
 
 
 @in_one_loop
-async def test_documents_are_encoded_a_few_chunks_at_a_time(
-    empty: LocalRetriever, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_documents_are_encoded_a_few_chunks_at_a_time(empty: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     def text(number: int, num_paragraphs: int) -> str:
         return "\n\n".join(f"Paragraph {n} of {number}. " + "It goes on and on. " * 25 for n in range(num_paragraphs))
 
@@ -412,14 +406,20 @@ def test_chunks_that_the_window_would_cut_are_refused_with_the_largest_that_fits
 def test_the_manifest_names_all_that_a_vector_depends_on(embedder: Embedder) -> None:
     stamp = manifest(embedder, ChunkingSettings(max_tokens=99))
     assert set(stamp) == {
+        "text.cleaner",
+        "text.format",
+        "chunking.version",
+        "chunking.max_tokens",
         "embedding.model",
         "embedding.revision",
-        "embedding.dimension",
+        "embedding.tokenizer",
         "embedding.window",
         "embedding.query_prefix",
         "embedding.document_prefix",
-        "chunking.max_tokens",
-        "text.format",
+        "embedding.dimension",
+        "embedding.distance",
+        "prompt.format",
+        "prompt.chat_template",
         "sparse.model",
         "sparse.language",
         "sparse.term_saturation",

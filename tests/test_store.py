@@ -19,11 +19,11 @@ from qdrant_client import AsyncQdrantClient
 from app import sparse
 from app.deletion import delete
 from app.domain import Chunk, Document, EncodedChunk, Filters, Passage, Scalar
-from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
-from app.store import Manifest, Store, edge
-from app.store.edge import open_edge_store
-from app.store.payload import MAX_CHUNKS_PER_OPERATION, best_passages, chunk_points, difference
-from app.store.server import ServerStore, open_server_store
+from app.errors import ConfigurationError, RetrieverUnavailable
+from app.store import Aliases, Database, Manifest, Stamp, Store, edge
+from app.store.edge import EdgeDatabase, open_edge_store
+from app.store.payload import MAX_CHUNKS_PER_OPERATION, best_passages, chunk_points, difference, new_stored_name
+from app.store.server import ServerStore, open_server_database, open_server_store
 from tests.qdrant_peer import qdrant_peer
 from tests.running_service import free_port
 
@@ -153,7 +153,7 @@ async def test_metadata_values_are_those_of_the_chunks_that_a_search_finds(store
     await put(store, "c", "four", author="Cy")
     await put(store, "c", "five", author="Di")
     await put(store, "d", "six", author="Ed")
-    await store.delete("d")
+    await delete(store, "d")
     found = {field: sorted(values, key=repr) for field, values in (await store.metadata_values()).items()}
     assert found == {
         "author": ["Ann", 'Bo "B" = x', "Di"],
@@ -295,6 +295,70 @@ async def test_equal_scores_come_in_one_order(store: Store) -> None:
     assert len(orders) == 1
 
 
+async def test_a_stamp_can_be_renewed_and_is_no_document(store: Store) -> None:
+    assert await store.stamp() == Stamp(MANIFEST)
+    renewed = Stamp({**MANIFEST, "sparse.average_length": 70.0, "embedding.revision": None}, MANIFEST)
+    await store.set_stamp(renewed)
+    assert await store.stamp() == renewed
+    assert await store.counts() == (0, 0)
+
+
+async def open_database(kind: str, folder: Path, server: str) -> Database:
+    if kind == "edge":
+        return EdgeDatabase(folder)
+    return await open_server_database(url=":memory:" if kind == "memory" else server, api_key=None)
+
+
+@pytest.fixture(params=STORES)
+async def database(request: pytest.FixtureRequest, tmp_path: Path, server: str) -> AsyncIterator[Database]:
+    opened = await open_database(request.param, tmp_path, server)
+    yield opened
+    await opened.close()
+
+
+def names_for(test: str) -> tuple[str, str]:
+    """Names of one test's own, since all share the server: of a collection, and of another version of it."""
+    name = f"{test}-{uuid.uuid4().hex[:8]}"
+    return name, new_stored_name(name)
+
+
+async def create(database: Database, stored: str) -> None:
+    store = await database.open(stored, dimension=DIMENSION, manifest=MANIFEST)
+    await put(store, "held", stored)
+    await store.close()
+
+
+async def test_a_name_stands_for_the_collection_that_an_alias_says(database: Database) -> None:
+    name, other = names_for("aliases")
+    assert await database.aliases(name) is None
+    await create(database, name)
+    assert await database.aliases(name) == Aliases(name)
+    await create(database, other)
+    for aliases in (Aliases(name, candidate=other), Aliases(other, previous=name), Aliases(name)):
+        await database.set_aliases(name, aliases)
+        assert await database.aliases(name) == aliases
+    assert name in await database.names()
+    assert other not in await database.names()
+
+
+async def test_a_collection_is_dropped_with_all_its_versions_or_but_for_some(database: Database) -> None:
+    name, other = names_for("dropped")
+    longer = f"{name}-2"
+    for stored in (name, other, longer):
+        await create(database, stored)
+    await database.set_aliases(name, Aliases(other, previous=name))
+    await database.drop(name, keep=Aliases(other))
+    await database.set_aliases(name, Aliases(other))
+    kept = await database.open(other, dimension=DIMENSION, manifest=MANIFEST)
+    assert texts(await search(kept, other)) == [other]
+    await kept.close()
+    await database.drop(name)
+    assert await database.aliases(name) is None
+    assert longer in await database.names()
+    await create(database, name)
+    assert await database.aliases(name) == Aliases(name)
+
+
 async def test_all_stores_rank_alike(tmp_path: Path, server: str) -> None:
     stores = [await open_store(kind, tmp_path, server) for kind in STORES]
     generator = random.Random(7)
@@ -375,11 +439,11 @@ async def test_many_processes_may_create_the_collection_at_once(server: str) -> 
             await store.close()
 
 
-async def test_a_collection_with_other_settings_is_refused_with_the_difference(server: str) -> None:
+async def test_the_stamp_of_a_server_collection_is_its_first_owners(server: str) -> None:
     await (await open_on(server, "stamped")).close()
-    with pytest.raises(CollectionMismatch, match=r"max_tokens: was 160, now 128\): name another store\.collection"):
-        await open_on(server, "stamped", manifest={**MANIFEST, "chunking.max_tokens": 128})
-    await (await open_on(server, "stamped")).close()
+    again = await open_on(server, "stamped", manifest={**MANIFEST, "chunking.max_tokens": 128})
+    assert await again.stamp() == Stamp(MANIFEST)
+    await again.close()
 
 
 @pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection")
@@ -505,11 +569,11 @@ async def test_a_reopened_folder_holds_what_was_written(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
+async def test_the_stamp_of_a_folder_is_its_first_owners(tmp_path: Path) -> None:
     await reopen(tmp_path).close()
-    with pytest.raises(CollectionMismatch, match=r"max_tokens: was 160, now 128\): name another store\.collection"):
-        reopen(tmp_path, **{"chunking.max_tokens": 128})
-    await reopen(tmp_path).close()
+    again = reopen(tmp_path, **{"chunking.max_tokens": 128})
+    assert await again.stamp() == Stamp(MANIFEST)
+    await again.close()
 
 
 async def test_a_second_process_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ NOT_ASKED_FOR = {
     "llm_unavailable",
     "llm_cold",
     "retriever_unavailable",
+    "collection_mismatch",
     "unavailable",
     "internal_error",
     "configuration_error",
@@ -288,6 +289,18 @@ REQUESTS: dict[str, Request] = {
     "delete-uploaded": Request("DELETE", "/v1/documents/storks.md", holds=('"deleted": true',)),
     "list-deleted": get("/v1/documents", holds=('"total": 15',)),
     "ready-deleted": get("/readyz?verbose", holds=('"num_documents": 15',)),
+    # Other collections.
+    "no-collection": get("/v1/documents?collection=nowhere", 404, "collection_not_found"),
+    "create-elsewhere": post("/v1/documents?collection=elsewhere", herons(3), holds=('"created"',)),
+    "list-collections": get("/v1/collections", holds=('"name": "default"', '"name": "elsewhere"')),
+    "search-elsewhere": post("/v1/search", {"query": HERONS, "collection": "elsewhere"}, holds=("3 May",)),
+    "search-here": post("/v1/search", {"query": HERONS, "top_k": 1}),
+    "read-elsewhere": get(f"{HERON_PATH}?collection=elsewhere", holds=("3 May",)),
+    "delete-elsewhere": Request("DELETE", f"{HERON_PATH}?collection=elsewhere", holds=('"deleted": true',)),
+    "drop-collection": Request("DELETE", "/v1/collections/elsewhere", holds=('"collection.deleted"',)),
+    "drop-default": Request("DELETE", "/v1/collections/default", status=400, code="invalid_value"),
+    "reindex-status": get("/v1/reindex", holds=('"state": "none"', '"prompt.format"')),
+    "swap-nothing": post("/v1/reindex/swap", {}, 400, "invalid_value"),
     # Time runs out, and clients leave.
     "deadline-of-retrieval": ask(OUTAGE, "retrieval", status=504, code="deadline_exceeded", rag={"timeout_s": 0.001}),
     "deadline-of-generation": ask(

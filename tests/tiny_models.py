@@ -1,6 +1,7 @@
-"""Models that a test makes, of a few hundred kilobytes.
+"""Models that a test makes: real ones, of a few megabytes at most.
 
-Real Llamas, each of which only ever says one word, real BERTs that score a text by one word, and tiny encoders.
+Chat models are Llamas that only ever say one word, cross-encoders BERTs that score a text by one word, encoders BERTs
+that add up a vector per word, or of any architecture with random weights.
 """
 
 from pathlib import Path
@@ -104,7 +105,7 @@ def make_cross_encoder(folder: Path, *, marker: str, max_length: int = 64, num_l
     return folder
 
 
-def make_encoder(
+def make_random_encoder(
     folder: Path, transformer: Any, *, pooling: str = "mean", prompts: dict[str, str] | None = None
 ) -> Path:
     """Write a sentence-transformers model with a window of 64 tokens, whose transformer has random weights.
@@ -137,3 +138,43 @@ def make_encoder(
     )
     model.save(str(folder / "encoder"))
     return folder / "encoder"
+
+
+def make_encoder(folder: Path, *, seed: int = 0, dimension: int = 32, knows_words: bool = True) -> Path:
+    """Write an encoder whose vector of a text depends on its words alone; without words all texts look alike to it."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from app.models import resolve_encoder
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_encoder("all-MiniLM-L6-v2").source)
+    torch.manual_seed(seed)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=dimension,
+            intermediate_size=dimension,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            max_position_embeddings=256,
+        ),
+        add_pooling_layer=False,
+    )
+    with torch.no_grad():
+        for parameter in (*model.encoder.parameters(), model.embeddings.position_embeddings.weight):
+            parameter.zero_()
+        for layer in model.encoder.layer:
+            layer.attention.output.LayerNorm.weight.fill_(1)
+            layer.output.LayerNorm.weight.fill_(1)
+        if knows_words:
+            model.embeddings.word_embeddings.weight.normal_()
+        else:
+            model.embeddings.word_embeddings.weight.copy_(torch.randn(dimension).expand(len(tokenizer), dimension))
+    bare = folder.with_name(f"{folder.name}-bare")
+    model.save_pretrained(bare)
+    tokenizer.save_pretrained(bare)
+    transformer = Transformer(str(bare), max_seq_length=256)
+    SentenceTransformer(modules=[transformer, Pooling(dimension)], device="cpu").save(str(folder))
+    return folder

@@ -8,6 +8,7 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from app.api.chat import chat_router
+from app.api.collections import collections_router
 from app.api.documents import documents_router
 from app.api.errors import install_error_handlers
 from app.api.health import health_router
@@ -31,6 +32,7 @@ def create_api(services: Services) -> FastAPI:
     api.include_router(health_router(services))
     api.include_router(chat_router(services))
     api.include_router(documents_router(services))
+    api.include_router(collections_router(services))
     api.mount("/web", StaticFiles(directory=WEB), name="web")
 
     @api.get("/", include_in_schema=False)

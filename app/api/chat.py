@@ -45,6 +45,7 @@ def chat_router(services: Services) -> APIRouter:
                 if body.rag.recognise_filters is None
                 else body.rag.recognise_filters
             ),
+            collection=body.rag.collection,
             use_documents=use_documents,
         )
         events = services.chat.answer(chat_request)

@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
 
-from app.api.schemas import DocumentBody, DocumentsBody, SearchRequest
+from app.api.schemas import CollectionName, DocumentBody, DocumentsBody, SearchRequest
 from app.api.sse import source
 from app.domain import Document, IngestReceipt, Message, Scalar, SearchQuery, StoredDocument
 from app.errors import InvalidRequest, TooLarge, UnreadableFile
@@ -27,6 +27,7 @@ MAX_CHARACTERS_AT_ONCE = 2**20
 Loaded: TypeAlias = tuple[str, Document | UnreadableFile]
 """A document, or why there is none, by the name of the file or the id that was sent."""
 
+InCollection: TypeAlias = Annotated[CollectionName | None, Query(description="default: the configured one")]
 METADATA = TypeAdapter(dict[str, Scalar])
 BODIES = {
     "requestBody": {
@@ -62,7 +63,7 @@ def documents_router(services: Services) -> APIRouter:
     max_file_bytes = services.settings.api.max_file_bytes
 
     @router.post("/v1/documents", openapi_extra=BODIES)
-    async def add_documents(request: Request) -> dict[str, Any]:
+    async def add_documents(request: Request, collection: InCollection = None) -> dict[str, Any]:
         """Take in documents as JSON or as files (md, txt, html, pdf, docx, jsonl).
 
         Each is reported by itself: `created`, `updated`, `unchanged` or `failed` with the reason.
@@ -79,17 +80,19 @@ def documents_router(services: Services) -> APIRouter:
         async with aclosing(loaded):
             async for group in _groups(loaded):
                 documents = [one for _, one in group if isinstance(one, Document)]
-                receipts = await retriever.ingest(documents) if documents else []
+                receipts = await retriever.ingest(documents, collection=collection) if documents else []
                 results += _results(group, receipts)
         return {"object": "list", "data": results}
 
     @router.get("/v1/documents")
     async def list_documents(
-        limit: int = Query(100, ge=1, le=1000), after: str | None = Query(None, max_length=512)
+        limit: int = Query(100, ge=1, le=1000),
+        after: str | None = Query(None, max_length=512),
+        collection: InCollection = None,
     ) -> dict[str, Any]:
         """List documents in a stable order; `after` is the last id of the page before."""
-        page = await retriever.documents(after=after, limit=limit + 1)
-        info = await retriever.info()
+        page = await retriever.documents(after=after, limit=limit + 1, collection=collection)
+        info = await retriever.info(collection=collection)
         return {
             "object": "list",
             "data": [_document(one) for one in page[:limit]],
@@ -98,15 +101,15 @@ def documents_router(services: Services) -> APIRouter:
         }
 
     @router.get("/v1/documents/{document_id:path}")
-    async def read_document(document_id: str) -> dict[str, Any]:
+    async def read_document(document_id: str, collection: InCollection = None) -> dict[str, Any]:
         """Read one document with its text."""
-        stored, text = await retriever.document(document_id)
+        stored, text = await retriever.document(document_id, collection=collection)
         return {**_document(stored), "text": text}
 
     @router.delete("/v1/documents/{document_id:path}")
-    async def delete_document(document_id: str) -> dict[str, Any]:
+    async def delete_document(document_id: str, collection: InCollection = None) -> dict[str, Any]:
         """Remove a document with all its chunks; answered when queries have shown that none of them is found."""
-        receipt = await retriever.delete(document_id)
+        receipt = await retriever.delete(document_id, collection=collection)
         return {"id": document_id, "object": "document.deleted", "deleted": True, "receipt": asdict(receipt)}
 
     @router.post("/v1/search")
@@ -120,6 +123,8 @@ def documents_router(services: Services) -> APIRouter:
             body.filters,
             context=plan.context,
             recognise_filters=settings.planning.recognise_filters if recognise is None else recognise,
+            collection=body.collection,
+            index=body.index,
         )
         found = await retriever.search(query)
         return {

@@ -51,6 +51,7 @@ async def _probe(question: Awaitable[Any]) -> dict[str, Any]:
             "error": f"No answer within {PROBE_TIMEOUT_S:g} s; it may be busy or starting.",
         }
     except CleaveError as error:
-        return {"status": "cold" if isinstance(error, LLMCold) else "unavailable", "error": error.message}
+        status = "cold" if isinstance(error, LLMCold) else "unavailable"
+        return {"status": status, "error": error.message, "code": error.code}
     except Exception as error:
         return {"status": "unavailable", "error": internal_error(error).message}

@@ -28,6 +28,7 @@ def _one_error(expected: str) -> WrapValidator:
 Text: TypeAlias = Annotated[str, Field(max_length=2_000_000)]
 Name: TypeAlias = Annotated[str, Field(max_length=1_000)]
 StopText: TypeAlias = Annotated[str, Field(min_length=1, max_length=1_000)]
+CollectionName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Value: TypeAlias = Annotated[Text | int | float | bool, _one_error("a text, a finite number or a boolean")]
 Wanted: TypeAlias = Annotated[Value | list[Value], _one_error("a text, a finite number, a boolean, or a list of them")]
 
@@ -89,6 +90,7 @@ class RAGOptions(BaseModel):
     filters: dict[Name, Wanted] = Field(default_factory=dict, examples=[{"author": "Marit Oldershaw"}])
     recognise_filters: bool | None = Field(None, description="default: planning.recognise_filters of the service")
     top_k: int | None = Field(None, ge=1, le=50)
+    collection: CollectionName | None = None
     timeout_s: float | None = Field(None, gt=0, le=600)
 
 
@@ -148,6 +150,8 @@ class SearchRequest(BaseModel):
     top_k: int | None = Field(None, ge=1, le=50)
     filters: dict[Name, Wanted] = Field(default_factory=dict)
     recognise_filters: bool | None = Field(None, description="default: planning.recognise_filters of the service")
+    collection: CollectionName | None = None
+    index: Literal["live", "candidate"] = "live"
 
 
 class DocumentBody(BaseModel):

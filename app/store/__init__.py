@@ -1,4 +1,7 @@
-"""The vector store: one interface, the embedded engine (`edge.py`) and a Qdrant server (`server.py`)."""
+"""The vector store: one interface, the embedded engine (`edge.py`) and a Qdrant server (`server.py`).
+
+A `Store` is one collection, a `Database` all collections of one place.
+"""
 
 from collections.abc import AsyncIterable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +10,29 @@ from typing import Protocol, TypeAlias
 from app.domain import Document, EncodedChunk, Filters, Passage, Scalar, StoredDocument
 
 Manifest = Mapping[str, str | int | float | bool | None]
-"""What the collection was written with: encoder, chunker, sparse settings. Stamped when it is created."""
+"""What a collection was written with: text format, chunker, encoder, sparse settings, prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What a collection says of itself."""
+
+    manifest: Manifest
+    stands_in_for: Manifest | None = None
+    """What the service was set to when this collection took another one's place: with that it is served too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aliases:
+    """Which stored collections stand behind one name: that in use, the next one while it is built, the one before."""
+
+    live: str
+    candidate: str | None = None
+    previous: str | None = None
+
+    def stored(self) -> set[str]:
+        """List all of them."""
+        return {name for name in (self.live, self.candidate, self.previous) if name is not None}
 
 
 Chunks: TypeAlias = Sequence[EncodedChunk] | AsyncIterable[Sequence[EncodedChunk]]
@@ -93,6 +118,49 @@ class Store(Protocol):
         """The values that chunks hold, by metadata field; of very many the most frequent."""
         ...
 
+    async def stamp(self) -> Stamp:
+        """What the collection was written with."""
+        ...
+
+    async def set_stamp(self, stamp: Stamp) -> None:
+        """Say anew what the collection was written with."""
+        ...
+
     async def close(self) -> None:
         """Flush and release; the store is not used afterwards."""
+        ...
+
+
+class Database(Protocol):
+    """The collections of one place.
+
+    Clients name a collection `notes`. It is stored under that name, or, when it has been reindexed, under one such as
+    `notes.20260131T120000`; `aliases` says which.
+    """
+
+    is_shared: bool
+    """Other processes may use the same place."""
+
+    async def names(self) -> list[str]:
+        """The names that clients use, sorted."""
+        ...
+
+    async def aliases(self, name: str) -> Aliases | None:
+        """What stands behind a name; None when there is no such collection."""
+        ...
+
+    async def set_aliases(self, name: str, aliases: Aliases) -> None:
+        """Put other collections behind a name, in one atomic step."""
+        ...
+
+    async def open(self, stored: str, *, dimension: int, manifest: Manifest) -> Store:
+        """Open the collection stored under a name, or create it. Raises `ConfigurationError`."""
+        ...
+
+    async def drop(self, name: str, *, keep: Aliases | None = None) -> None:
+        """Remove what is stored for a name, but for what `keep` lists. None of it is open."""
+        ...
+
+    async def close(self) -> None:
+        """Release what is held; the stores are closed apart."""
         ...

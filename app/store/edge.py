@@ -7,7 +7,9 @@ the folder is opened.
 """
 
 import asyncio
+import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +25,8 @@ import qdrant_edge as engine
 from qdrant_edge import EdgeShard, FieldCondition, Filter, MatchAny, MatchValue, UpdateOperation
 
 from app.domain import Document, EncodedChunk, Filters, Passage, Scalar, StoredDocument
-from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable
-from app.store import Chunks, Located, Manifest, Vectors
+from app.errors import ConfigurationError, RetrieverUnavailable
+from app.store import Aliases, Chunks, Located, Manifest, Stamp, Store, Vectors
 from app.store.payload import (
     DENSE,
     INTENT_ID,
@@ -39,10 +42,9 @@ from app.store.payload import (
     chunk_id,
     chunk_ids,
     chunk_points,
+    client_name,
     current_writes,
-    difference,
     intent_point,
-    manifest_point,
     new_token,
     next_write,
     pieces,
@@ -50,6 +52,8 @@ from app.store.payload import (
     record_id,
     record_point,
     sampled_ids,
+    stamp_of,
+    stamp_point,
     stored_document,
     terms_of,
     values_by_field,
@@ -68,6 +72,10 @@ QUERIES_PER_CALL = 32
 """So that a long deletion lets searches in between."""
 MAX_LEFTOVERS = 100_000
 
+ALIASES_SUFFIX = ".aliases.json"
+# A leading dot keeps a folder that is being removed from being taken for a collection.
+REMOVED_PREFIX = ".removed-"
+
 # Builds the graph over new vectors and drops the remains of deleted ones. In a process of its own, because it can
 # take minutes, in which no other Python code of the process would run. It ends with its parent, whether by Ctrl-C or
 # by a kill (prctl's first option, PR_SET_PDEATHSIG): left alone it would keep the folder from the next owner.
@@ -83,7 +91,7 @@ shard.close()
 
 
 def open_edge_store(path: Path, *, dimension: int, manifest: Manifest) -> "EdgeStore":
-    """Open the collection in the folder `path`, or create it there. Blocks."""
+    """Open the collection in the folder `path`, or create it there, stamped with the manifest. Blocks."""
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (path / "edge_config.json").exists():
@@ -96,7 +104,6 @@ def open_edge_store(path: Path, *, dimension: int, manifest: Manifest) -> "EdgeS
             _require_space(path, ConfigurationError)
         shard = EdgeShard.load(str(path))
         try:
-            _check_manifest(shard, path, manifest)
             _finish_writes(shard)
         except BaseException:
             shard.close()
@@ -185,6 +192,14 @@ class EdgeStore:
     async def metadata_values(self) -> Mapping[str, list[Scalar]]:
         """List the metadata values of all chunks by field."""
         return await self._run(self._metadata_values)
+
+    async def stamp(self) -> Stamp:
+        """Tell what the collection was written with."""
+        return stamp_of(await self._run(_read, self._shard, MANIFEST_ID))
+
+    async def set_stamp(self, stamp: Stamp) -> None:
+        """Say anew what the collection was written with."""
+        await self._run(self._write, [stamp_point(stamp)])
 
     async def close(self) -> None:
         """Flush and release the folder."""
@@ -316,6 +331,79 @@ class EdgeStore:
         return values_by_field(str(hit.value) for hit in self._shard.facet(request).hits if hit.count)
 
 
+class EdgeDatabase:
+    """All collections under one folder, which this process owns alone; see `Database`.
+
+    A collection is a folder; a small file says when another one stands behind its name.
+    """
+
+    is_shared = False
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    async def names(self) -> list[str]:
+        """List the names that clients use."""
+        names = {client_name(stored) for stored in await asyncio.to_thread(self._stored)}
+        return [name for name in sorted(filter(None, names)) if await self.aliases(name)]
+
+    async def aliases(self, name: str) -> Aliases | None:
+        """Read the file of a name; without one, its collection is stored under it."""
+        return await asyncio.to_thread(self._aliases, name)
+
+    async def set_aliases(self, name: str, aliases: Aliases) -> None:
+        """Write the file of a name beside the old one and rename it, so that there is always a whole one."""
+        await asyncio.to_thread(self._set_aliases, name, aliases)
+
+    async def open(self, stored: str, *, dimension: int, manifest: Manifest) -> Store:
+        """Open the folder of a collection, or create it."""
+        return await asyncio.to_thread(open_edge_store, self._folder / stored, dimension=dimension, manifest=manifest)
+
+    async def drop(self, name: str, *, keep: Aliases | None = None) -> None:
+        """Remove the folders of a name, each by a rename first: after a kill it is there or not."""
+        await asyncio.to_thread(self._drop, name, keep)
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+    def _stored(self) -> list[str]:
+        return [path.parent.name for path in self._folder.glob("[!.]*/edge_config.json")]
+
+    def _aliases(self, name: str) -> Aliases | None:
+        with _explained_files(self._folder):
+            path = self._folder / f"{name}{ALIASES_SUFFIX}"
+            aliases = Aliases(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Aliases(name)
+            # A removal that was cut short leaves a file that names nothing.
+            return next((one for one in (aliases, Aliases(name)) if self._is_stored(one.live)), None)
+
+    def _is_stored(self, stored: str) -> bool:
+        return (self._folder / stored / "edge_config.json").exists()
+
+    def _set_aliases(self, name: str, aliases: Aliases) -> None:
+        with _explained_files(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"{name}{ALIASES_SUFFIX}"
+            draft = path.with_name(f".{path.name}")
+            with draft.open("w", encoding="utf-8") as file:
+                json.dump(asdict(aliases), file)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.rename(path)
+            _sync_folder(self._folder)
+
+    def _drop(self, name: str, keep: Aliases | None) -> None:
+        with _explained_files(self._folder):
+            kept = keep.stored() if keep else set()
+            for stored in sorted(self._stored()):
+                if client_name(stored) == name and stored not in kept:
+                    removed = tempfile.mkdtemp(dir=self._folder, prefix=REMOVED_PREFIX)
+                    (self._folder / stored).rename(Path(removed, stored))
+            if keep is None:
+                (self._folder / f"{name}{ALIASES_SUFFIX}").unlink(missing_ok=True)
+            for folder in self._folder.glob(f"{REMOVED_PREFIX}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def _create(path: Path, dimension: int, manifest: Manifest) -> None:
     """Lay out an empty collection beside `path` and move it there, so that a kill leaves no half of one."""
     config = engine.EdgeConfig(
@@ -328,19 +416,9 @@ def _create(path: Path, dimension: int, manifest: Manifest) -> None:
         shard = EdgeShard.create(str(unfinished), config)
         for field in KEYWORD_FIELDS:
             shard.update(UpdateOperation.create_field_index(field, engine.PayloadSchemaType.Keyword))
-        shard.update(_upsert([manifest_point(manifest)]))
+        shard.update(_upsert([stamp_point(Stamp(manifest))]))
         shard.close()
         unfinished.rename(path)
-
-
-def _check_manifest(shard: EdgeShard, path: Path, manifest: Manifest) -> None:
-    stored = _read(shard, MANIFEST_ID)
-    changed = difference(stored["manifest"] if stored else {}, manifest)
-    if changed:
-        raise CollectionMismatch(
-            f"The collection in {path} was written with other settings ({changed}): "
-            "name another store.collection, or delete the folder and ingest again."
-        )
 
 
 def _finish_writes(shard: EdgeShard) -> None:
@@ -448,3 +526,20 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained_files(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigurationError(f"The collections in {folder} cannot be read or changed ({error}).") from error

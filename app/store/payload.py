@@ -7,15 +7,17 @@ search finds it.
 """
 
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 from app.domain import Document, EncodedChunk, Filters, Metadata, Passage, Scalar, StoredDocument
 from app.fusion import fuse
-from app.store import Chunks, Manifest
+from app.store import Chunks, Manifest, Stamp
 
 Payload: TypeAlias = dict[str, Any]
 Hits: TypeAlias = Sequence[tuple[Payload, float]]
@@ -36,6 +38,7 @@ MAX_SAMPLES = 256
 MICROSECONDS = 1_000_000
 SCORE_DIGITS = 6
 
+_STORED_NAME = re.compile(r"(?P<name>[A-Za-z0-9_-]{1,64})(?:\.\d{8}T\d{12})?")
 _ABSENT = object()
 _NAMESPACE = uuid.UUID("6f1d6c1e-5d0b-5b8e-9c55-0a1c1ea7e000")
 
@@ -165,9 +168,25 @@ def intent_point(staged: Sequence[str], stale: Sequence[str], revision: int) -> 
     return Point(INTENT_ID, {"kind": "intent", "staged": list(staged), "stale": list(stale), "revision": revision})
 
 
-def manifest_point(manifest: Manifest) -> Point:
+def stamp_point(stamp: Stamp) -> Point:
     """Make the point that says what the collection is written with."""
-    return Point(MANIFEST_ID, {"kind": "manifest", "manifest": dict(manifest)})
+    return Point(MANIFEST_ID, {"kind": "manifest", **asdict(stamp)})
+
+
+def stamp_of(payload: Payload | None) -> Stamp:
+    """Read that point; a collection without one was written with nothing that is known."""
+    return Stamp(payload["manifest"], payload.get("stands_in_for")) if payload else Stamp({})
+
+
+def new_stored_name(name: str) -> str:
+    """Make up a name under which another version of a collection is stored beside those that there are."""
+    return f"{name}.{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
+
+
+def client_name(stored: str) -> str | None:
+    """Tell which name a collection is stored for; None when it is not one of ours."""
+    match = _STORED_NAME.fullmatch(stored)
+    return match["name"] if match else None
 
 
 async def pieces(chunks: Chunks) -> AsyncIterator[Sequence[EncodedChunk]]:
@@ -233,7 +252,7 @@ def stored_document(payload: Payload) -> StoredDocument:
         num_chunks=payload["num_chunks"],
         num_characters=payload["num_characters"],
         content_hash=payload["content_hash"],
-        version=payload["version"],
+        version=payload.get("version", 1),
         ingested_at=payload["ingested_at"],
         updated_at=payload["revision"] / MICROSECONDS,
     )
@@ -286,9 +305,14 @@ def best_passages(
     return [passage(current[key], fused[key], lists[0].get(key)) for key in order[:limit]]
 
 
+def changed_keys(stored: Manifest, wanted: Manifest) -> list[str]:
+    """List the keys in which two manifests differ, sorted."""
+    return sorted(key for key in {*stored, *wanted} if stored.get(key, _ABSENT) != wanted.get(key, _ABSENT))
+
+
 def difference(stored: Manifest, wanted: Manifest) -> str:
     """Say on one line how two manifests differ; empty when they do not."""
-    changed = sorted(key for key in {*stored, *wanted} if stored.get(key, _ABSENT) != wanted.get(key, _ABSENT))
+    changed = changed_keys(stored, wanted)
     return "; ".join(f"{key}: was {_shown(stored, key)}, now {_shown(wanted, key)}" for key in changed)
 
 

@@ -11,8 +11,9 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict
 from typing import Any
 
 from qdrant_client import AsyncQdrantClient, models
@@ -20,8 +21,8 @@ from qdrant_client.common.client_exceptions import QdrantException, ResourceExha
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
 from app.domain import Document, Filters, Passage, Scalar, StoredDocument
-from app.errors import CollectionMismatch, ConfigurationError, RetrieverUnavailable, WriteConflict
-from app.store import Chunks, Located, Manifest, Vectors
+from app.errors import ConfigurationError, RetrieverUnavailable, WriteConflict
+from app.store import Aliases, Chunks, Located, Manifest, Stamp, Store, Vectors
 from app.store.payload import (
     DENSE,
     KEYWORD_FIELDS,
@@ -34,9 +35,8 @@ from app.store.payload import (
     Point,
     best_passages,
     chunk_points,
+    client_name,
     current_writes,
-    difference,
-    manifest_point,
     new_token,
     next_write,
     pieces,
@@ -44,6 +44,8 @@ from app.store.payload import (
     record_id,
     record_point,
     sampled_ids,
+    stamp_of,
+    stamp_point,
     stored_document,
     terms_of,
     values_by_field,
@@ -69,31 +71,60 @@ async def open_server_store(
     *, url: str, api_key: str | None, collection: str, dimension: int, manifest: Manifest
 ) -> "ServerStore":
     """Open a collection on the server at `url`, or create it there."""
+    client = await connect(url, api_key)
+    try:
+        return await open_on_server(client, url, collection, dimension=dimension, manifest=manifest)
+    except BaseException:
+        await client.close()
+        raise
+
+
+async def connect(url: str, api_key: str | None) -> AsyncQdrantClient:
+    """Connect to the server at `url`. Raises `ConfigurationError`."""
     # The client's own version check would block the event loop.
     client = AsyncQdrantClient(location=url, api_key=api_key, timeout=TIMEOUT_S, check_compatibility=False)
     try:
-        await _check_version(client, url)
+        with _explained(url):
+            await _check_version(client, url)
+    except BaseException:
+        await client.close()
+        raise
+    return client
+
+
+async def open_on_server(
+    client: AsyncQdrantClient,
+    url: str,
+    collection: str,
+    *,
+    dimension: int,
+    manifest: Manifest,
+    is_client_shared: bool = False,
+) -> "ServerStore":
+    """Open a collection, or create it, stamped with the manifest. A shared client stays open when it is closed."""
+    with _explained(url):
         if not await client.collection_exists(collection):
             await _create(client, collection, dimension)
         if url != IN_MEMORY:
             await _index_payload(client, collection)
-        await _check_manifest(client, collection, manifest)
-        store = ServerStore(client, collection)
+        await _stamp_new(client, collection, manifest)
+        store = ServerStore(client, collection, is_client_shared=is_client_shared)
         await store.finish_writes()
-    except BaseException as error:
-        await client.close()
-        if isinstance(error, _CLIENT_ERRORS):
-            raise ConfigurationError(_unusable(url, error)) from error
-        raise
     return store
+
+
+async def open_server_database(*, url: str, api_key: str | None) -> "ServerDatabase":
+    """Connect to the server at `url`. Raises `ConfigurationError`."""
+    return ServerDatabase(await connect(url, api_key), url)
 
 
 class ServerStore:
     """One collection on a server; see `Store`."""
 
-    def __init__(self, client: AsyncQdrantClient, collection: str) -> None:
+    def __init__(self, client: AsyncQdrantClient, collection: str, *, is_client_shared: bool = False) -> None:
         self._client = client
         self._collection = collection
+        self._is_client_shared = is_client_shared
 
     async def put(self, document: Document, chunks: Chunks) -> None:
         """Write a document with all its chunks; an older version under the same id is gone afterwards."""
@@ -208,9 +239,21 @@ class ServerStore:
             found = await self._client.facet(self._collection, "terms", facet_filter=of_chunks, limit=MAX_VALUES)
         return values_by_field(str(hit.value) for hit in found.hits if hit.count)
 
+    async def stamp(self) -> Stamp:
+        """Tell what the collection was written with."""
+        async with _translated():
+            found = await self._client.retrieve(self._collection, [MANIFEST_ID])
+        return stamp_of(found[0].payload if found else None)
+
+    async def set_stamp(self, stamp: Stamp) -> None:
+        """Say anew what the collection was written with."""
+        async with _translated():
+            await self._client.upsert(self._collection, _structs([stamp_point(stamp)]))
+
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.close()
+        if not self._is_client_shared:
+            await self._client.close()
 
     async def finish_writes(self) -> None:
         """Complete the writes that a kill cut short, and remove what was staged long ago and never committed."""
@@ -306,6 +349,85 @@ class ServerStore:
         return (await self._client.count(self._collection, count_filter=matching, exact=True)).count
 
 
+class ServerDatabase:
+    """All collections of one server; see `Database`.
+
+    The server has aliases of its own: `notes.live`, `notes.candidate`, `notes.previous`.
+    """
+
+    def __init__(self, client: AsyncQdrantClient, url: str) -> None:
+        self._client = client
+        self._url = url
+        self.is_shared = url != IN_MEMORY
+
+    async def names(self) -> list[str]:
+        """List the names that clients use: others may keep collections on the same server, without our stamp."""
+        async with _translated():
+            names = []
+            for name in sorted({*filter(None, map(client_name, await self._stored()))}):
+                aliases = await self._aliases(name)
+                if aliases and await self._client.retrieve(aliases.live, [MANIFEST_ID], with_payload=False):
+                    names.append(name)
+            return names
+
+    async def aliases(self, name: str) -> Aliases | None:
+        """Ask for the aliases of a name; without them, its collection is stored under it."""
+        async with _translated():
+            return await self._aliases(name)
+
+    async def set_aliases(self, name: str, aliases: Aliases) -> None:
+        """Point all three aliases anew, which the server does in one step."""
+        async with _translated():
+            operations: list[models.AliasOperations] = [
+                models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=f"{name}.{role}"))
+                for role in await self._roles(name)
+            ]
+            operations += [
+                models.CreateAliasOperation(
+                    create_alias=models.CreateAlias(collection_name=stored, alias_name=f"{name}.{role}")
+                )
+                for role, stored in asdict(aliases).items()
+                if stored is not None
+            ]
+            await self._client.update_collection_aliases(operations)
+
+    async def open(self, stored: str, *, dimension: int, manifest: Manifest) -> Store:
+        """Open a collection, or create it."""
+        return await open_on_server(
+            self._client, self._url, stored, dimension=dimension, manifest=manifest, is_client_shared=True
+        )
+
+    async def drop(self, name: str, *, keep: Aliases | None = None) -> None:
+        """Delete the collections of a name; their aliases go with them."""
+        kept = keep.stored() if keep else set()
+        async with _translated():
+            for stored in await self._stored():
+                if client_name(stored) == name and stored not in kept:
+                    await self._client.delete_collection(stored)
+
+    async def close(self) -> None:
+        """Close the connections, which the stores share."""
+        await self._client.close()
+
+    async def _stored(self) -> list[str]:
+        return [one.name for one in (await self._client.get_collections()).collections]
+
+    async def _aliases(self, name: str) -> Aliases | None:
+        roles = await self._roles(name)
+        if "live" in roles:
+            return Aliases(**roles)
+        return Aliases(name) if await self._client.collection_exists(name) else None
+
+    async def _roles(self, name: str) -> dict[str, str]:
+        """Give the stored collection behind each alias of a name."""
+        found = (await self._client.get_aliases()).aliases
+        return {
+            one.alias_name.partition(".")[2]: one.collection_name
+            for one in found
+            if one.alias_name.partition(".")[0] == name
+        }
+
+
 async def _check_version(client: AsyncQdrantClient, url: str) -> None:
     version = (await client.info()).version
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
@@ -333,21 +455,12 @@ async def _index_payload(client: AsyncQdrantClient, collection: str) -> None:
         await client.create_payload_index(collection, field, models.PayloadSchemaType.KEYWORD)
 
 
-async def _check_manifest(client: AsyncQdrantClient, collection: str, manifest: Manifest) -> None:
+async def _stamp_new(client: AsyncQdrantClient, collection: str, manifest: Manifest) -> None:
+    """Stamp a collection that holds nothing. Others may open it now: the first one's stamp stays."""
     stored = await client.retrieve(collection, [MANIFEST_ID])
-    if not stored:
-        # Other processes may be opening it now. The first one stamps it, and all read what it wrote.
-        if (await client.count(collection, exact=True)).count == 0:
-            stamp = _structs([manifest_point(manifest)])
-            await client.upsert(collection, stamp, update_mode=models.UpdateMode.INSERT_ONLY)
-        stored = await client.retrieve(collection, [MANIFEST_ID])
-    payload = stored[0].payload if stored else None
-    changed = difference(payload["manifest"] if payload else {}, manifest)
-    if changed:
-        raise CollectionMismatch(
-            f"The collection {collection!r} was written with other settings ({changed}): "
-            "name another store.collection, or delete this one on the server and ingest again."
-        )
+    if not stored and (await client.count(collection, exact=True)).count == 0:
+        stamp = _structs([stamp_point(Stamp(manifest))])
+        await client.upsert(collection, stamp, update_mode=models.UpdateMode.INSERT_ONLY)
 
 
 def _set_payload(payload: Payload, matching: models.Filter) -> models.SetPayloadOperation:
@@ -403,6 +516,15 @@ def _any_of(field: str, values: list[str]) -> models.FieldCondition:
     return models.FieldCondition(key=field, match=models.MatchAny(any=values))
 
 
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turn what the client raises at the start into one line that says what to change."""
+    try:
+        yield
+    except _CLIENT_ERRORS as error:
+        raise ConfigurationError(_unusable(url, error)) from error
+
+
 def _unusable(url: str, error: Exception) -> str:
     if isinstance(error, UnexpectedResponse) and error.status_code in (401, 403):
         return f"store.url: the Qdrant server at {url} refuses the key; set store.api_key or QDRANT_API_KEY."
@@ -417,6 +539,7 @@ def _one_line(error: Exception) -> str:
 
 @asynccontextmanager
 async def _translated() -> AsyncIterator[None]:
+    """Turn what the client raises while the service runs into `RetrieverUnavailable`."""
     try:
         yield
     except _CLIENT_ERRORS as error:

@@ -1,0 +1,61 @@
+"""Routes: the collections of the service, and the rebuilding of their indexes."""
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter
+
+from app.api.documents import InCollection
+from app.api.schemas import CollectionName
+from app.domain import ReindexStatus
+from app.services import Services
+from app.settings import IndexSettings
+
+
+def collections_router(services: Services) -> APIRouter:
+    """Build the routes over the given parts."""
+    router = APIRouter(tags=["collections"])
+    retriever = services.retriever
+
+    @router.get("/v1/collections")
+    async def list_collections() -> dict[str, Any]:
+        """List the collections. A new one is made by adding documents to it."""
+        found = await retriever.collections()
+        return {"object": "list", "data": [{"object": "collection", **asdict(one)} for one in found]}
+
+    @router.delete("/v1/collections/{name}")
+    async def delete_collection(name: CollectionName) -> dict[str, Any]:
+        """Remove a collection with all its documents; the configured one stays."""
+        await retriever.drop_collection(name)
+        return {"object": "collection.deleted", "name": name, "deleted": True}
+
+    @router.get("/v1/reindex")
+    async def read_reindex(collection: InCollection = None) -> dict[str, Any]:
+        """Say how far the new index is, if one is being built."""
+        return _reindex(await retriever.reindex_status(collection=collection))
+
+    @router.post("/v1/reindex", status_code=202)
+    async def start_reindex(body: IndexSettings, collection: InCollection = None) -> dict[str, Any]:
+        """Start building a new index from the stored documents, or go on with it; `live` stays as it is."""
+        return _reindex(await retriever.reindex(body, collection=collection))
+
+    @router.post("/v1/reindex/swap")
+    async def swap_index(collection: InCollection = None) -> dict[str, Any]:
+        """Put the new index in the place of the live one; no request fails or sees both."""
+        return _reindex(await retriever.swap_index(collection=collection))
+
+    @router.post("/v1/reindex/rollback")
+    async def rollback_index(collection: InCollection = None) -> dict[str, Any]:
+        """Go back to the index before, with what was written since."""
+        return _reindex(await retriever.rollback_index(collection=collection))
+
+    @router.delete("/v1/reindex")
+    async def discard_index(collection: InCollection = None) -> dict[str, Any]:
+        """Remove the new index and the one before, and keep the live one."""
+        return _reindex(await retriever.discard_index(collection=collection))
+
+    return router
+
+
+def _reindex(status: ReindexStatus) -> dict[str, Any]:
+    return {"object": "reindex", **asdict(status)}
