@@ -371,10 +371,6 @@ def kill_again_and_again(folder: Path, kills: Sequence[tuple[int, float]], seed:
         possible = asyncio.run(look(possible))
 
 
-def test_a_killed_process_leaves_each_document_in_one_version(tmp_path: Path) -> None:
-    kill_again_and_again(tmp_path, [(3, 0.002), (6, 0.01), (10, 0.0)], seed=1)
-
-
 @pytest.mark.parametrize(
     ("versions", "num_changes"), [("1x3,2x300,,3x1", 7), ("1x300,2x2,3x0", 4)], ids=["longer", "shorter"]
 )
@@ -429,6 +425,7 @@ def test_however_often_and_whenever_it_is_killed(kills: list[tuple[int, float]],
         kill_again_and_again(Path(folder), kills, seed)
 
 
+@pytest.mark.slow
 def test_killed_processes_on_one_server_leave_each_document_in_one_version() -> None:
     generator = random.Random(3)
 
