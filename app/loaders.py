@@ -15,6 +15,7 @@ import re
 import unicodedata
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ MAX_DOCX_BYTES = 200 * 2**20
 
 MAX_DOCX_PARTS = 10_000
 """Of a Word file; the list alone of half a million would take 400 MB."""
+MAX_PDF_BYTES = 100 * 2**20
+"""Unpacked, without pictures, which nobody unpacks; a book of 1,000 pages has 10 MiB."""
 MAX_LINE_BYTES = 25 * 2**20
 """Of a file that holds a document a line."""
 
@@ -194,6 +197,8 @@ TITLE_HEADING = re.compile(r"^# (.{1,300})|^([^\s|].{0,300})\n=+$", re.MULTILINE
 MARKUP = re.compile(r"\*+|`+|!?\[([^\]\n]*)\]\([^)\n]*\)|\{#[^}\n]*\}$")
 FRONT_MATTER = re.compile(r"---[^\S\n]*\n(?=\S)(?P<yaml>(?:.*\n)*?)(?:---|\.\.\.)[^\S\n]*(?:\n|\Z)")
 DATA_IMAGE = re.compile(r"!\[([^\]\n]{0,1000})\]\(data:[^)\s]*\)")
+PDF_STREAM = re.compile(rb"(?<!end)stream\r?\n")
+PDF_BLOCK_BYTES = 2**16
 UNMAPPED_GLYPH = re.compile(r"\(cid:\d+\)")
 
 
@@ -332,11 +337,33 @@ def _read_pdf(content: bytes) -> _Page:
 
     if b"%PDF-" not in content[:1024]:
         raise _ReadError("is not a PDF: give it the suffix of what it is")
+    if any(size > MAX_PDF_BYTES for size in itertools.accumulate(_unpacked_sizes(content))):
+        raise _ReadError(f"unpacks to more than {MAX_PDF_BYTES // 2**20} MiB: split it")
     try:
         page = _convert(".pdf", content)
     except PDFEncryptionError:
         raise _ReadError("is encrypted: save it without a password") from None
     return _Page(UNMAPPED_GLYPH.sub("", page.text))
+
+
+def _unpacked_sizes(pdf: bytes) -> Iterator[int]:
+    """Measure what the packed streams of a PDF unpack to, block by block, without holding it."""
+    view = memoryview(pdf)
+    for start in PDF_STREAM.finditer(pdf):
+        position = start.end()
+        dictionary = pdf[max(0, start.start() - 1000) : start.start()].rpartition(b"obj")[2]
+        if b"/Image" in dictionary:
+            continue
+        unpacker = zlib.decompressobj()
+        try:
+            while not unpacker.eof and position < len(pdf):
+                packed: bytes | memoryview = view[position : position + PDF_BLOCK_BYTES]
+                position += len(packed)
+                while packed and not unpacker.eof:
+                    yield len(unpacker.decompress(packed, PDF_BLOCK_BYTES))
+                    packed = unpacker.unconsumed_tail
+        except zlib.error:
+            continue  # Not packed this way, or damaged, which its reader will say.
 
 
 def _read_docx(content: bytes) -> _Page:

@@ -5,16 +5,21 @@ version how many chunks there are, so that a reader can tell whether a document 
 """
 
 import asyncio
+import itertools
+import os
 import random
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from qdrant_edge import EdgeShard
 
 from app import sparse
 from app.deletion import delete
 from app.domain import Chunk, Document, EncodedChunk, Passage
-from app.store import Manifest, Store
-from app.store.edge import open_edge_store
+from app.store import Manifest, Store, edge
 from app.store.server import open_server_store
 
 DIMENSION = 8
@@ -33,7 +38,7 @@ async def open_store(place: str) -> Store:
         return await open_server_store(
             url=place, api_key=None, collection="life", dimension=DIMENSION, manifest=MANIFEST
         )
-    return open_edge_store(Path(place), dimension=DIMENSION, manifest=MANIFEST)
+    return edge.open_edge_store(Path(place), dimension=DIMENSION, manifest=MANIFEST)
 
 
 def texts_of(version: str) -> list[str]:
@@ -122,10 +127,79 @@ async def read(store: Store, generator: random.Random) -> None:
         await asyncio.sleep(0.001)
 
 
-async def main(place: str, seed: str) -> None:
+async def write_and_read(place: str, seed: str) -> None:
     store = await open_store(place)
     await asyncio.gather(write(store, random.Random(seed)), read(store, random.Random(seed)))
 
 
+class DyingShard:
+    """The embedded engine; the process is killed when it has changed something so many times."""
+
+    def __init__(self, shard: EdgeShard, num_updates: int) -> None:
+        self._shard = shard
+        self._num_left = num_updates
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shard, name)
+
+    def update(self, operation: Any) -> None:
+        self._shard.update(operation)
+        self._num_left -= 1
+        if self._num_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def die_in_the_middle(place: Path, num_updates: int, versions: Sequence[str]) -> None:
+    """Write these versions of one document one after the other, the first of them in peace."""
+    first, *others = versions
+    store = edge.open_edge_store(place, dimension=DIMENSION, manifest=MANIFEST)
+    await store.put(*essay("d0", first))
+    store._shard = DyingShard(store._shard, num_updates)  # type: ignore[assignment]
+    with place.with_suffix(".log").open("w") as log:
+        for version in others:
+            log.write(f"begin d0 {version}\n")
+            log.flush()
+            await (store.put(*essay("d0", version)) if version else delete(store, "d0"))
+            log.write(f"done d0 {version}\n")
+            log.flush()
+    await store.close()
+
+
+async def look_after(place: Path, first: str) -> None:
+    store = await open_store(str(place))
+    log = place.with_suffix(".log").read_text().splitlines()
+    await check(store, read_log(log, {name: {first if name == "d0" else DELETED} for name in NAMES}))
+    await store.close()
+
+
+def in_a_process(work: Coroutine[Any, Any, None]) -> int:
+    """Run it in a fork of this process, which has no threads yet; give the exit status."""
+    child = os.fork()
+    if child:
+        work.close()
+        return os.waitpid(child, 0)[1]
+    status = 1
+    try:
+        asyncio.run(work)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def die_everywhere(folder: Path, versions: Sequence[str]) -> None:
+    """Kill a process after its first change, then one after its second, and so on; check what each has left."""
+    for num_updates in itertools.count(1):
+        place = folder / str(num_updates)
+        status = in_a_process(die_in_the_middle(place, num_updates, versions))
+        assert status in (0, signal.SIGKILL)
+        assert in_a_process(look_after(place, versions[0])) == 0, f"after {num_updates} changes"
+        if status == 0:
+            print(num_updates - 1)  # noqa: T201
+            return
+
+
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    if sys.argv[1] == "everywhere":
+        die_everywhere(Path(sys.argv[2]), sys.argv[3].split(","))
+    else:
+        asyncio.run(write_and_read(*sys.argv[1:]))

@@ -336,7 +336,7 @@ def test_a_file_over_the_limit_of_the_service_is_not_even_read(live_service: str
 
 def test_an_ingestion_that_was_killed_goes_on_where_it_was(live_service: str, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
-    lines = [json.dumps({"id": f"resumed-{n}", "text": f"Note {n} of a long evening. " * 20}) for n in range(200)]
+    lines = [json.dumps({"id": f"resumed-{n}", "text": f"Note {n} of a long evening. " * 20}) for n in range(100)]
     corpus.write_text("\n".join(lines), encoding="utf-8")
 
     def num_held() -> int:
@@ -351,11 +351,11 @@ def test_an_ingestion_that_was_killed_goes_on_where_it_was(live_service: str, tm
     sending.kill()
     sending.wait()
     held = num_held()
-    assert 0 < held < 200
+    assert 0 < held < 100
     summary = cleave_json(live_service, "ingest", corpus)
     # What was on its way when it was killed may still have been written since.
-    assert held <= summary["unchanged"] < 200
-    assert (summary["created"] + summary["unchanged"], summary["updated"], summary["failed"]) == (200, 0, 0)
+    assert held <= summary["unchanged"] < 100
+    assert (summary["created"] + summary["unchanged"], summary["updated"], summary["failed"]) == (100, 0, 0)
     assert {one["version"] for one in cleave_json(live_service, "documents") if "resumed-" in one["id"]} == {1}
 
 

@@ -1,6 +1,7 @@
 """The life of a document: any row of writes, deletions, restarts and kills leaves each one whole or gone."""
 
 import asyncio
+import itertools
 import random
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -369,8 +371,50 @@ def kill_again_and_again(folder: Path, kills: Sequence[tuple[int, float]], seed:
         possible = asyncio.run(look(possible))
 
 
-def test_a_killed_process_leaves_each_document_in_one_version(tmp_path: Path) -> None:
-    kill_again_and_again(tmp_path, [(3, 0.002), (6, 0.01), (10, 0.0)], seed=1)
+@pytest.mark.parametrize(
+    ("versions", "num_changes"), [("1x3,2x300,,3x1", 7), ("1x300,2x2,3x0", 4)], ids=["longer", "shorter"]
+)
+def test_a_process_killed_between_any_two_changes_leaves_one_version(
+    tmp_path: Path, versions: str, num_changes: int
+) -> None:
+    command = [sys.executable, "-m", "tests.store_writer", "everywhere", str(tmp_path), versions]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (finished.returncode, finished.stdout) == (0, f"{num_changes}\n"), finished.stderr
+
+
+class DyingClient:
+    """The Qdrant client of a process that ends when it has sent so many requests."""
+
+    def __init__(self, client: Any, num_requests: int) -> None:
+        self._client = client
+        self.num_left = num_requests
+
+    def __getattr__(self, name: str) -> Any:
+        async def request(*arguments: Any, **options: Any) -> Any:
+            if self.num_left == 0:
+                raise RetrieverUnavailable("The process has ended.")
+            self.num_left -= 1
+            return await getattr(self._client, name)(*arguments, **options)
+
+        return request
+
+
+async def test_a_process_that_ends_between_any_two_requests_leaves_one_version(server: str) -> None:
+    for num_requests in itertools.count(1):
+        collection = str(uuid.uuid4())
+        store = await on_server(server, collection)
+        await store.put(*essay("d0", "1x3"))
+        dying: Any = DyingClient(store._client, num_requests)
+        with suppress(RetrieverUnavailable):
+            await ServerStore(dying, collection).put(*essay("d0", "2x300"))
+        assert await is_whole(store, "d0")
+        again = await on_server(server, collection)
+        await check(again, {name: {"1x3", "2x300"} if name == "d0" else {DELETED} for name in NAMES})
+        await again.close()
+        await store.close()
+        if dying.num_left:
+            assert num_requests == 8  # three pieces; read, place, read, settle; and one to spare
+            return
 
 
 @pytest.mark.slow
@@ -381,6 +425,7 @@ def test_however_often_and_whenever_it_is_killed(kills: list[tuple[int, float]],
         kill_again_and_again(Path(folder), kills, seed)
 
 
+@pytest.mark.slow
 def test_killed_processes_on_one_server_leave_each_document_in_one_version() -> None:
     generator = random.Random(3)
 

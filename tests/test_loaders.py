@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,6 +252,19 @@ def test_entities_that_multiply_are_not_expanded():
     levels = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
     bomb = f'<?xml version="1.0"?><!DOCTYPE d [<!ENTITY e0 "aaaaaaaaaa">{levels}]><d>&e11;</d>'
     assert "is damaged" in refusal("a.docx", with_part(word("Hello"), "word/document.xml", bomb.encode()))
+
+
+def packed_pdf(dictionary: bytes, content: bytes) -> bytes:
+    packed = zlib.compress(content)
+    head = b"%PDF-1.4\n1 0 obj\n<< /Filter /FlateDecode /Length " + str(len(packed)).encode() + dictionary + b" >>"
+    return head + b"\nstream\n" + packed + b"\nendstream\nendobj\n"
+
+
+def test_a_pdf_that_unpacks_to_very_much_is_refused_but_not_for_its_pictures():
+    spaces = b" " * 101 * MEBIBYTE
+    assert "unpacks to more than 100 MiB: split it" in refusal("a.pdf", packed_pdf(b"", spaces))
+    assert "is damaged" in refusal("a.pdf", packed_pdf(b" /Subtype /Image", spaces))
+    assert "is damaged" in refusal("a.pdf", packed_pdf(b"", b" " * 1000))
 
 
 @pytest.mark.parametrize("tag", ["div", "ul><li", "table><tr><td", "blockquote"])
