@@ -20,7 +20,7 @@ MISSING_WEIGHT = 0.1
 MISSING_NUMBER_WEIGHT = 0.4
 """Of a number that no passage holds: a question for 2031 is not answered by what happened in 2025. Five times as many
 unanswerable questions of SQuAD have one as answerable ones."""
-ABOUT_WEIGHT = 0.2
+ABOUT_WEIGHT = 0.3
 """Of the share of the question's words that name the passage's author and the like: no text repeats who wrote it, so
 that the encoder finds a question which says so less near."""
 OFF_TOPIC = 0.4

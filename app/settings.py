@@ -130,7 +130,7 @@ class AnswerSettings(Branch):
 
     grounding: Grounding | Literal["auto"] = Field("auto", description="auto: gate on the CPU, flag on a GPU")
     num_passages: int = Field(3, ge=1, le=50, description="passages put into the prompt")
-    min_evidence: float = Field(0.57, ge=-1, le=1.5, description="below this the documents do not hold the answer")
+    min_evidence: float = Field(0.6, ge=-1, le=1.5, description="below this the documents do not hold the answer")
     max_tokens: int = Field(256, ge=1, description="of a completion when the request does not say")
     temperature: float = Field(0.0, ge=0, le=2)
     timeout_s: float = Field(60.0, gt=0, description="deadline of a request that names none")

@@ -51,7 +51,7 @@ def test_a_year_that_no_passage_holds_is_decisive() -> None:
     outage = passage(("The Reading Room outage of 14 October 2025 lasted 52 minutes.", 0.95))
     right, wrong = (assess(f"How long did the outage of 14 October {year} last?", [outage]) for year in (2025, 2031))
     assert wrong.missing == ("2031",)
-    assert wrong.score < 0.57 < right.score
+    assert wrong.score < 0.6 < right.score
 
 
 def test_a_name_that_says_whose_text_is_meant_need_not_stand_in_it() -> None:
