@@ -16,7 +16,7 @@ from app.domain import (
     SearchResult,
     StoredDocument,
 )
-from app.errors import CleaveError, CollectionNotFound, InvalidRequest
+from app.errors import CollectionNotFound, InvalidRequest
 from app.retrieval import Index
 from app.settings import IndexSettings
 from app.store import Database
@@ -172,5 +172,6 @@ class LocalRetriever:
                 except CollectionNotFound:
                     self._collections.pop(name, None)
                     await collection.close()
-                except CleaveError as error:
-                    logger.warning("a collection cannot be looked up", extra={"collection": name, "why": error.message})
+                except Exception:
+                    # Whatever it was, the next look may succeed, and nobody else would take over a swap.
+                    logger.warning("a collection cannot be looked up", extra={"collection": name}, exc_info=True)

@@ -210,11 +210,6 @@ class Collection:
         collection._live = await collection._open_live(stored)
         return collection
 
-    @property
-    def refusal(self) -> str:
-        """Why the collection is not used, if so: it was written with other settings than the service's."""
-        return self._live.refusal
-
     @asynccontextmanager
     async def reading(self, index: Literal["live", "candidate"] = "live") -> AsyncIterator[Index]:
         """Use one index for one request. Raises `CollectionMismatch`, `InvalidRequest` when there is no candidate."""
@@ -310,7 +305,6 @@ class Collection:
             live, wanted = await self._live.store.stamp(), await candidate.store.stamp()
             is_cleaned_anew = CLEANER_KEY in changed_keys(live.manifest, wanted.manifest)
             await self._switch(candidate, Aliases(aliases.candidate, previous=aliases.live), is_cleaned_anew)
-            self._candidate = self._build = None
         return await self.status()
 
     async def rollback(self) -> ReindexStatus:
@@ -322,8 +316,10 @@ class Collection:
             await self._close_candidate()
             previous = await self._open_recorded(aliases.previous)
             try:
-                stamp = await previous.store.stamp()
-                await previous.store.set_stamp(replace(stamp, stands_in_for=self._configured.manifest))
+                configured = self._configured.manifest
+                prompts = {key: value for key, value in configured.items() if key.startswith(PROMPT_KEYS)}
+                stamped = (await previous.store.stamp()).manifest
+                await previous.store.set_stamp(Stamp({**stamped, **prompts}, stands_in_for=configured))
                 await self._switch(previous, Aliases(aliases.previous, previous=aliases.live))
             finally:
                 if self._live is not previous:
@@ -365,13 +361,18 @@ class Collection:
             swapped_at = time.time()
             await self._database.set_aliases(self.name, aliases)
             self._live, self._live_name = other, aliases.live
+            self._candidate = self._build = None
         logger.info("another index is live", extra={"collection": self.name, "stored": aliases.live})
-        if self._database.is_shared:
-            # Writes of other processes that had begun before.
-            await asyncio.sleep(2 * POLL_S)
-            await catch_up(before.store, _index(other), since=swapped_at - POLL_S)
-        await before.close()
-        await self._database.drop(self.name, keep=aliases)
+        try:
+            if self._database.is_shared:
+                # Writes of other processes that had begun before.
+                await asyncio.sleep(2 * POLL_S)
+                await catch_up(before.store, _index(other), since=swapped_at - POLL_S)
+            await before.close()
+            await self._database.drop(self.name, keep=aliases)
+        except CleaveError as error:
+            # It is live all the same; what is left over goes with the next change.
+            logger.warning("not all was tidied up", extra={"collection": self.name, "why": error.message})
 
     async def _synchronise(self, target: _Open, *, is_cleaned_anew: bool) -> int:
         def report(num_done: int) -> None:
@@ -518,7 +519,7 @@ class Collection:
         return _Open(found.store, self._builder.index(plan, found.store, self.name))
 
     async def _recorded_plan(self, stamp: Stamp) -> Plan | None:
-        """Load what a collection was written with; None when that is not what it was."""
+        """Load what a collection was written with; None when vectors would not be what they were."""
         before = self._configured.settings
         embedding, chunking = recorded_settings(stamp.manifest, before.embedding, before.chunking)
         try:
@@ -526,7 +527,8 @@ class Collection:
         except ConfigurationError as error:
             logger.warning("an index cannot be opened", extra={"collection": self.name, "why": error.message})
             return None
-        return plan if not difference(stamp.manifest, plan.manifest) else None
+        changed = changed_keys(stamp.manifest, plan.manifest)
+        return plan if all(key.startswith(PROMPT_KEYS) for key in changed) else None
 
 
 def _index(held: _Open) -> Index:

@@ -18,7 +18,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from app import collection
+from app import collection, prompts
 from app.catalog import LocalRetriever
 from app.cli import main
 from app.domain import Document, ReindexStatus, SearchQuery, SearchResult
@@ -335,6 +335,24 @@ async def test_a_service_that_is_not_ready_is_mended_by_reindexing(tmp_path: Pat
         assert (await retriever.info()).num_documents == 60
     async with opened(settings_for(tmp_path, index_settings(models, "new"))) as retriever:
         assert (await retriever.info()).num_documents == 60
+
+
+async def test_other_prompts_do_not_keep_from_going_back(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(settings_for(tmp_path, index_settings(models, "old"))) as retriever:
+        await retriever.ingest(DOCUMENTS)
+        await build(retriever, index_settings(models, "new"))
+        await retriever.swap_index()
+    monkeypatch.setattr(prompts, "PLAIN_INSTRUCTIONS", "Answer in one word.")
+    async with opened(settings_for(tmp_path, index_settings(models, "new"))) as retriever:
+        with pytest.raises(CollectionMismatch, match=r"\(prompt\.format: was '\w+', now '\w+'\)"):
+            await retriever.info()
+        assert (await retriever.reindex(index_settings(models, "new"))).state == "current"
+        await retriever.rollback_index()
+        assert (await retriever.info()).embedding_model == str(models / "old")
+    async with opened(settings_for(tmp_path, index_settings(models, "old"))) as retriever:
+        assert (await retriever.info()).embedding_model == str(models / "old")
 
 
 REINDEX = """
