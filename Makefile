@@ -71,7 +71,8 @@ UV_COMPILE := $(BIN)/uv pip compile --universal --python-version 3.11 --no-heade
 lock:
 	$(UV_COMPILE) pyproject.toml requirements/cpu.in --extra cpu --extra dev --overrides requirements/overrides.txt \
 		--excludes requirements/cpu-excluded.txt --no-emit-package torch -o requirements/cpu.lock
-	$(UV_COMPILE) pyproject.toml --extra gpu --extra dev -o requirements/gpu.lock
+	$(UV_COMPILE) pyproject.toml --extra gpu --extra dev --excludes requirements/gpu-excluded.txt \
+		-o requirements/gpu.lock
 
 clean:
 	rm -rf $(VENV)

@@ -406,7 +406,7 @@ def search(
     for source in found:
         passage = " ".join(source["text"].split())
         shortened = passage if len(passage) <= PASSAGE_LENGTH else f"{passage[:PASSAGE_LENGTH].rstrip()} …"
-        documents = ", ".join([source["document_id"], *source["also_in"]])
+        documents = ", ".join([source["document_id"], *source.get("also_in", ())])
         table.add_row(*map(_printable, (str(source["n"]), source["title"], shortened, documents)))
     _console().print(table if found else Text(_printable(body.get("notice") or "Nothing found.")), soft_wrap=not found)
     _print_recognised(body)
@@ -665,11 +665,11 @@ async def _reindex(client: "Client", config: Path, *, is_forced: bool) -> dict[s
         report: dict[str, Any] = {"before": status["live"]}
         if status["is_live_served"]:
             asking = progress.add_task("Comparing", total=None)
-            comparison = await compare_indexes(
+            comparisons = await compare_indexes(
                 client, lambda number, total: progress.update(asking, completed=number, total=total)
             )
-            report["comparison"] = asdict(comparison)
-            if comparison.is_loss and not is_forced:
+            report["comparison"] = {ranking: asdict(one) for ranking, one in comparisons.items()}
+            if any(one.is_loss for one in comparisons.values()) and not is_forced:
                 return {**report, "status": status, "is_swapped": False, "is_refused": True}
         progress.add_task("Swapping", total=None)
         return {**report, "status": await client.swap_index(), "is_swapped": True}
@@ -677,10 +677,10 @@ async def _reindex(client: "Client", config: Path, *, is_forced: bool) -> dict[s
 
 def _describe_reindex(report: "Mapping[str, Any]") -> str:
     lines = []
-    if one := report.get("comparison"):
+    for ranking, one in report.get("comparison", {}).items():
         lines.append(
-            f"{one['num_questions']} questions from your documents, mean reciprocal rank of the right one: live "
-            f"{one['live']:.3f}, new {one['candidate']:.3f}, gain within {one['low']:+.3f} to {one['high']:+.3f}."
+            f"{one['num_questions']} questions from your documents, {ranking}, mean reciprocal rank of the right one: "
+            f"live {one['live']:.3f}, new {one['candidate']:.3f}, gain within {one['low']:+.3f} to {one['high']:+.3f}."
         )
     if report.get("is_refused"):
         lines.append(

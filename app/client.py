@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import httpx
 
-from app.domain import Document, Filters, Message
+from app.domain import Document, Filters, Message, Ranking
 from app.errors import (
     CleaveError,
     CollectionMismatch,
@@ -169,9 +169,9 @@ class Client:
         """Remove a collection with all its documents."""
         await self._request("DELETE", f"/v1/collections/{quote(name)}")
 
-    async def search_index(self, query: str, *, index: str, top_k: int) -> list[str]:
+    async def search_index(self, query: str, *, index: str, ranking: Ranking, top_k: int) -> list[str]:
         """Find the documents of passages, best first and each once, in the `live` or the `candidate` index."""
-        body = {"query": query, "top_k": top_k, "index": index, **self._collection}
+        body = {"query": query, "top_k": top_k, "index": index, "ranking": ranking, **self._collection}
         found = _data(await self._request("POST", "/v1/search", json=body))
         return list(dict.fromkeys(one["document_id"] for one in found))
 

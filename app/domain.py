@@ -15,6 +15,8 @@ Metadata: TypeAlias = Mapping[str, Scalar]
 Filters: TypeAlias = Mapping[str, Scalar | list[Scalar]]
 """Exact match per metadata field; a list matches any of its values. All fields must match."""
 
+Ranking: TypeAlias = Literal["hybrid", "dense", "bm25"]
+"""Both lists fused, or one of them alone, to see what it contributes."""
 Role: TypeAlias = Literal["system", "user", "assistant"]
 FinishReason: TypeAlias = Literal["stop", "length"]
 Grounding: TypeAlias = Literal["gate", "flag", "off"]
@@ -177,6 +179,7 @@ class SearchQuery:
     """Also filter by authors and other metadata values that `text` names, in fields that `filters` leaves open."""
     collection: str | None = None
     """None: the configured one."""
+    ranking: Ranking = "hybrid"
     index: Literal["live", "candidate"] = "live"
     """`candidate`: the new index of a reindexing that is not live yet."""
 

@@ -14,6 +14,7 @@ from app.domain import (
     Filters,
     IngestReceipt,
     Passage,
+    Ranking,
     ReindexStatus,
     RetrieverInfo,
     SearchQuery,
@@ -157,7 +158,7 @@ class Index:
                 filters=filters,
                 limit=num_pooled,
                 num_candidates=max(self._settings.num_candidates, query.top_k),
-                weights=(self._settings.dense_weight, self._settings.sparse_weight),
+                weights=self._weights(query.ranking),
             )
             pool = await asyncio.to_thread(without_duplicates, pool)
         ranked, degraded = await self._reranked(text, query.timeout_s, pool, watch)
@@ -208,6 +209,11 @@ class Index:
     async def close(self) -> None:
         """Release the store."""
         await self._store.close()
+
+    def _weights(self, ranking: Ranking) -> tuple[float, float]:
+        """Weigh the dense and the BM25 list."""
+        only = {"dense": (1.0, 0.0), "bm25": (0.0, 1.0)}
+        return only.get(ranking, (self._settings.dense_weight, self._settings.sparse_weight))
 
     async def _check_filters(self, query: SearchQuery) -> None:
         if not query.filters:

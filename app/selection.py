@@ -24,17 +24,21 @@ _WORD = re.compile(r"\w+")
 def without_duplicates(found: Iterable[Passage]) -> list[Passage]:
     """Keep the better one of passages that say the same; it names the other documents in `also_in`."""
     kept: list[Passage] = []
-    shingles: list[frozenset[tuple[str, ...]]] = []
+    lengths: list[int] = []
+    holders: dict[tuple[str, ...], list[int]] = {}
     for passage in found:
         own = _shingles(passage.text)
-        place = next((place for place, other in enumerate(shingles) if _overlap(own, other) >= DUPLICATE), None)
-        if place is None:
-            kept.append(passage)
-            shingles.append(own)
+        shared = Counter(place for shingle in own for place in holders.get(shingle, ()))
+        twins = [place for place, n in shared.items() if n >= DUPLICATE * (len(own) + lengths[place] - n)]
+        if twins:
+            twin = kept[min(twins)]
+            if passage.document_id not in (twin.document_id, *twin.also_in):
+                kept[min(twins)] = replace(twin, also_in=(*twin.also_in, passage.document_id))
             continue
-        twin = kept[place]
-        if passage.document_id not in (twin.document_id, *twin.also_in):
-            kept[place] = replace(twin, also_in=(*twin.also_in, passage.document_id))
+        for shingle in own:
+            holders.setdefault(shingle, []).append(len(kept))
+        kept.append(passage)
+        lengths.append(len(own))
     return kept
 
 
@@ -82,7 +86,3 @@ def _index(passage: Passage) -> int:
 def _shingles(text: str) -> frozenset[tuple[str, ...]]:
     words = _WORD.findall(text.casefold())
     return frozenset(tuple(words[start : start + SHINGLE]) for start in range(max(1, len(words) - SHINGLE + 1)))
-
-
-def _overlap(one: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]]) -> float:
-    return len(one & other) / len(one | other)

@@ -139,6 +139,7 @@ def best(found: dict[str, tuple[tuple[str, float], ...]]) -> dict[str, str]:
 # --- Build, swap, roll back ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_questions_are_answered_wholly_from_one_index_while_another_takes_its_place(
     retriever: LocalRetriever, models: Path
 ) -> None:
@@ -212,9 +213,11 @@ async def test_a_new_index_can_be_given_up_and_another_one_begun(retriever: Loca
         await retriever.swap_index()
     with pytest.raises(InvalidRequest, match="No index is being built"):
         await retriever.search(SearchQuery("x", 1, index="candidate"))
-    await retriever.reindex(index_settings(models, "new"))
-    with pytest.raises(InvalidRequest, match="Another index is being built"):
-        await retriever.reindex(index_settings(models, "blind"))
+    # While somebody asks, building steps back.
+    async with (await retriever._collection(None)).reading():
+        await retriever.reindex(index_settings(models, "new"))
+        with pytest.raises(InvalidRequest, match="Another index is being built"):
+            await retriever.reindex(index_settings(models, "blind"))
     status = await retriever.discard_index()
     assert (status.state, status.candidate) == ("none", None)
     await build(retriever, index_settings(models, "blind"))
@@ -389,6 +392,7 @@ def reindex_and_kill(data: Path, models: Path, is_time: Callable[[str], bool], d
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 async def test_a_kill_while_an_index_is_built_harms_nothing_and_it_goes_on(tmp_path: Path, models: Path) -> None:
     settings = settings_for(tmp_path, index_settings(models, "old"))
     documents = [document(number) for number in range(400)]
@@ -410,6 +414,7 @@ async def test_a_kill_while_an_index_is_built_harms_nothing_and_it_goes_on(tmp_p
         assert (await retriever.info()).num_documents == 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.04, 0.08])
 async def test_a_kill_while_the_indexes_are_swapped_leaves_one_of_them_live(
     tmp_path: Path, models: Path, delay_s: float
@@ -490,6 +495,7 @@ def model_of(service: ServiceThread) -> str:
     return Path(httpx.get(f"{service.url}/readyz?verbose").json()["parts"]["retriever"]["embedding_model"]).name
 
 
+@pytest.mark.slow
 def test_the_command_refuses_an_index_that_finds_less(service: ServiceThread, tmp_path: Path, models: Path) -> None:
     refused = reindex(service, tmp_path, models, "blind")
     assert refused.exit_code == 1, refused.output
@@ -508,6 +514,7 @@ def test_the_command_refuses_an_index_that_finds_less(service: ServiceThread, tm
     assert (again.exit_code, "no earlier index" in again.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_command_passes_an_index_that_finds_the_same(service: ServiceThread, tmp_path: Path, models: Path) -> None:
     passed = reindex(service, tmp_path, models, "same")
     assert passed.exit_code == 0, passed.output

@@ -39,6 +39,8 @@ NOT_ASKED_FOR = {
     "llm_cold",
     "retriever_unavailable",
     "collection_mismatch",
+    "write_conflict",
+    "deletion_failed",
     "unavailable",
     "internal_error",
     "configuration_error",

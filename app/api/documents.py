@@ -124,6 +124,7 @@ def documents_router(services: Services) -> APIRouter:
             context=plan.context,
             recognise_filters=settings.planning.recognise_filters if recognise is None else recognise,
             collection=body.collection,
+            ranking=body.ranking,
             index=body.index,
         )
         found = await retriever.search(query)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError
 
-from app.domain import Message, SamplingParams
+from app.domain import Message, Ranking, SamplingParams
 from app.errors import UnsupportedParameter
 
 PROFILE = "cleave"
@@ -150,6 +150,7 @@ class SearchRequest(BaseModel):
     top_k: int | None = Field(None, ge=1, le=50)
     filters: dict[Name, Wanted] = Field(default_factory=dict)
     recognise_filters: bool | None = Field(None, description="default: planning.recognise_filters of the service")
+    ranking: Ranking = "hybrid"
     collection: CollectionName | None = None
     index: Literal["live", "candidate"] = "live"
 
