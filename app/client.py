@@ -110,11 +110,14 @@ class Client:
         raise ServiceError("The answer broke off before its end. Ask again; the service's log may say why.")
 
     async def search(
-        self, query: str, *, top_k: int | None, filters: Filters, history: Sequence[Message] = ()
+        self, query: str, *, top_k: int | None, filters: Filters, history: Sequence[Message] = (), **options: Any
     ) -> Record:
-        """Find passages for a question after the earlier messages `history`; the best stands first in `data`."""
+        """Find passages for a question after the earlier messages `history`; the best stands first in `data`.
+
+        `options` are further fields of the request, such as `ranking`.
+        """
         question = {"messages": _conversation(history, query)} if history else {"query": query}
-        body = {**question, "top_k": top_k, "filters": filters, **self._collection}
+        body = {**question, "top_k": top_k, "filters": filters, **options, **self._collection}
         return await self._request("POST", "/v1/search", json=body)
 
     async def upload(self, files: Sequence[tuple[str, bytes]]) -> list[Record]:

@@ -17,9 +17,9 @@ import Stemmer
 from sentence_transformers import SentenceTransformer
 
 from app.domain import Document
-from app.evaluation.measures import means, measure_rankings
+from app.evaluation.measures import Measures, means, measure_rankings
 from app.evaluation.run import RANKING_LENGTH
-from app.evaluation.sets import read_set
+from app.evaluation.sets import EvaluationSet, read_set
 from app.models import resolve_encoder
 
 ENCODER = "all-MiniLM-L6-v2"
@@ -71,13 +71,8 @@ def searchable(document: Document) -> str:
     return f"{document.title} {document.text}".strip()
 
 
-def main() -> None:
-    """Print recall@5 and nDCG@10 of the three methods, and write all figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    evaluation_set = read_set(options.folder)
+def plain_methods(evaluation_set: EvaluationSet) -> dict[str, Measures]:
+    """Measure the three methods."""
     documents = list(evaluation_set.documents())
     texts = [searchable(document) for document in documents]
     questions = [question.text for question in evaluation_set.questions]
@@ -89,6 +84,17 @@ def main() -> None:
         ids = [[documents[one].id for one in ranking[:RANKING_LENGTH]] for ranking in rankings]
         by_question = dict(zip((question.id for question in evaluation_set.questions), ids, strict=True))
         figures[method] = means(measure_rankings(evaluation_set.judgements, by_question).values())
+    return figures
+
+
+def main() -> None:
+    """Print recall@5 and nDCG@10 of the three methods, and write all figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    figures = plain_methods(read_set(options.folder))
+    for method in figures:
         print(f"{method:6} {figures[method]['recall@5']:.3f} / {figures[method]['ndcg@10']:.3f}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")

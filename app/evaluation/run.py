@@ -161,6 +161,9 @@ async def _search(client: Client, question: Question) -> tuple[list[str], dict[s
         lambda: client.search(question.text, history=question.history, top_k=MAX_TOP_K, filters=question.filters)
     )
     total_ms = round((time.perf_counter() - started) * 1000, 1)
-    # A document ranks by its best passage, also one that holds the same text as the passage that is shown.
-    documents = dict.fromkeys(id for source in found["data"] for id in (source["document_id"], *source["also_in"]))
-    return list(documents)[:RANKING_LENGTH], {**found["timings_ms"], "total": total_ms}
+    return documents_of(found)[:RANKING_LENGTH], {**found["timings_ms"], "total": total_ms}
+
+
+def documents_of(found: Record) -> list[str]:
+    """Rank the documents of a search, each by its best passage, also one that holds the same text as it."""
+    return list(dict.fromkeys(id for source in found["data"] for id in (source["document_id"], *source["also_in"])))
