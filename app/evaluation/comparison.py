@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from app.errors import InvalidRequest, UnreadableFile
 from app.evaluation.measures import Measures
 from app.evaluation.run import Asked
+from app.significance import interval, mean_of_means
 
 GATED: Mapping[str, Sequence[str]] = {
     "recall@5": ["recall@5"],
@@ -24,11 +24,6 @@ GATED: Mapping[str, Sequence[str]] = {
 }
 """What must not get worse, each the mean of the means of these values per question."""
 LOWER_IS_BETTER = {"forbidden_citation"}
-NUM_RESAMPLES = 10_000
-CONFIDENCE = 0.95
-SEED = 1
-BATCH_SIZE = 100
-"""Resamples drawn at once: 8 MB for each thousand questions."""
 NUM_EXAMPLES = 5
 
 Pairs: TypeAlias = dict[str, tuple[float, float]]
@@ -108,37 +103,21 @@ def _pairs(before: Mapping[str, Measures], now: Mapping[str, Measures], measure:
 
 
 def _compare(metric: str, pairs: Sequence[Pairs]) -> Comparison:
-    from scipy.stats import bootstrap
-
     sign = -1 if metric in LOWER_IS_BETTER else 1
     # In one order, so that the same two runs always give the same interval.
     values = [np.array([paired[id] for id in sorted(paired)]) for paired in pairs]
-    gains = [one[:, 1] - one[:, 0] for one in values]
-    interval = bootstrap(
-        gains,
-        _mean_of_means,
-        n_resamples=NUM_RESAMPLES,
-        batch=BATCH_SIZE,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=SEED,
-    ).confidence_interval
-    before, now = (_mean_of_means(*(one[:, column] for one in values)) for column in (0, 1))
-    is_loss = bool(max(sign * interval.low, sign * interval.high) < 0)
+    low, high = interval(*(one[:, 1] - one[:, 0] for one in values))
+    before, now = (mean_of_means(*(one[:, column] for one in values)) for column in (0, 1))
+    is_loss = bool(max(sign * low, sign * high) < 0)
     drops = {id: sign * (after - earlier) for paired in pairs for id, (earlier, after) in paired.items()}
     worst = sorted((id for id in drops if drops[id] < 0), key=lambda id: (drops[id], id))[:NUM_EXAMPLES]
     return Comparison(
         metric,
         float(before),
         float(now),
-        float(interval.low),
-        float(interval.high),
+        low,
+        high,
         sum(map(len, pairs)),
         is_loss,
         worst if is_loss else [],
     )
-
-
-def _mean_of_means(*samples: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-    means: NDArray[np.float64] = np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
-    return means
