@@ -51,7 +51,7 @@ OUTAGE = "How long did the Reading Room outage on 14 October 2025 last?"
 QUESTIONS = [
     json.loads(line) for line in (ROOT / "examples" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
 ]
-NOTICED = "When did the Reading Room outage begin and end, and who noticed it?"
+WINDOW = "What chunk size and overlap does Teodor Vaskelin use?"
 SECTION = "How long may a section be before it is split, according to Marit Oldershaw?"
 CANARY = "What share of conversations does the Reading Room canary receive, and for how long?"
 STORY = "Write a very long story about a lighthouse."
@@ -135,7 +135,7 @@ REQUESTS: dict[str, Request] = {
     # Answers.
     "question-outage": sample(11, "model"),
     "question-canary": sample(13, "model"),
-    "question-mixed": ask(NOTICED, "52 minutes", grounded("mixed")),
+    "question-mixed": ask(WINDOW, "256", grounded("mixed")),
     "question-batching": sample(0, "quotes"),
     "question-football": sample(20, "refused"),
     "question-egg": sample(21, "refused"),
