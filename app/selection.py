@@ -25,7 +25,7 @@ def without_duplicates(found: Iterable[Passage]) -> list[Passage]:
     """Keep the better one of passages that say the same; it names the other documents in `also_in`."""
     kept: list[Passage] = []
     lengths: list[int] = []
-    holders: dict[tuple[str, ...], list[int]] = {}
+    holders: dict[int, list[int]] = {}
     for passage in found:
         own = _shingles(passage.text)
         shared = Counter(place for shingle in own for place in holders.get(shingle, ()))
@@ -83,6 +83,7 @@ def _index(passage: Passage) -> int:
     return int(passage.chunk_id.rpartition("#")[2])
 
 
-def _shingles(text: str) -> frozenset[tuple[str, ...]]:
+def _shingles(text: str) -> frozenset[int]:
+    """Give each word triple by its hash: thousands of tuples a search would keep the garbage collector busy."""
     words = _WORD.findall(text.casefold())
-    return frozenset(tuple(words[start : start + SHINGLE]) for start in range(max(1, len(words) - SHINGLE + 1)))
+    return frozenset(hash(tuple(words[start : start + SHINGLE])) for start in range(max(1, len(words) - SHINGLE + 1)))
