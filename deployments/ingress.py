@@ -8,7 +8,7 @@ from ray.serve.handle import DeploymentHandle
 
 from app.api import create_api
 from app.config import check_single_owner
-from app.services import build_services
+from app.services import build_services, spare_from_collection
 from app.settings import Device, Settings
 from app.telemetry import configure_logging
 from deployments.handles import LLMHandle, RetrieverHandle
@@ -44,6 +44,7 @@ class Ingress:
             retriever=RetrieverHandle(retriever) if retriever else None,
             llm=LLMHandle(llm, expected_start_s=settings.answer.llm_start_s) if llm else None,
         )
+        spare_from_collection()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Hand the application to Serve, which calls this after the constructor."""

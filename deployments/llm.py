@@ -7,7 +7,7 @@ from ray import serve
 
 from app.domain import Delta, GenerationRequest, ModelInfo
 from app.errors import LLMUnavailable
-from app.services import build_llm
+from app.services import build_llm, spare_from_collection
 from app.settings import Device, Settings
 from app.telemetry import configure_logging
 from deployments.replica import end_when_dead
@@ -35,6 +35,7 @@ class LLM:
         configure_logging(settings.logging)
         self._holds_engine = settings.llm.engine == "vllm"
         self._llm = await build_llm(settings, device)
+        spare_from_collection()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """Stream a completion. A cancelled call closes the engine's stream, which frees its slot."""

@@ -18,7 +18,7 @@ from app.domain import (
     StoredDocument,
 )
 from app.errors import CollectionMismatch
-from app.services import build_retriever
+from app.services import build_retriever, spare_from_collection
 from app.settings import IndexSettings, Settings
 from app.telemetry import configure_logging
 from deployments.replica import max_replicas
@@ -39,6 +39,7 @@ class Retriever:
         configure_logging(settings.logging)
         check_single_owner(settings, owner="Retriever", max_replicas=max_replicas())
         self._retriever = await build_retriever(settings)
+        spare_from_collection()
 
     async def search(self, query: SearchQuery) -> SearchResult:
         """Find passages."""

@@ -224,8 +224,11 @@ def test_the_answers_in_the_readme_are_what_the_service_says(service: RunningSer
 
 
 def test_while_the_engine_is_dead_answers_are_quotes_and_none_fails(service: RunningService) -> None:
-    engine = next(one for one in service.descendants() if "EngineCore" in " ".join(one.cmdline()))
-    engine.kill()
+    def engines() -> list[psutil.Process]:
+        return [one for one in service.descendants() if "EngineCore" in " ".join(one.cmdline())]
+
+    wait_until(engines, seconds=120)
+    engines()[0].kill()
     during = ask(service.url, QUESTION)
     assert during["rag"]["degraded"] == ["llm_unavailable"]
     assert during["rag"]["grounded"] == "quotes"

@@ -19,7 +19,7 @@ from app.api import create_api
 from app.client import Client
 from app.errors import InvalidRequest, NotFound
 from app.llm.extractive import ExtractiveEngine
-from app.services import build_llm, build_retriever, build_services, decide_grounding
+from app.services import build_llm, build_retriever, build_services, decide_grounding, spare_from_collection
 from app.settings import Device, Settings, StoreSettings
 from app.telemetry import logger
 
@@ -55,6 +55,7 @@ async def in_process(settings: Settings, name: str, *, with_llm: bool, is_kept: 
         retriever = await build_retriever(own)
         llm = await build_llm(settings, device) if with_llm else ExtractiveEngine()
         services = await build_services(own, device=device, retriever=retriever, llm=llm)
+        spare_from_collection()
         try:
             transport = httpx.ASGITransport(create_api(services))
             async with Client("http://localhost", transport=transport) as client:
