@@ -8,6 +8,8 @@ PYTHON ?= python3
 # cpu, or gpu on a machine with an NVIDIA driver.
 DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 CONFIG ?= serve_config.yaml
+# More workers than these would only contend for memory.
+WORKERS := -n logical --maxprocesses 4 --dist loadgroup
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -32,10 +34,10 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m tests.browser_setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS) $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -53,6 +53,13 @@ class ServiceThread(threading.Thread):
         await services.close()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files run beside each other, but one cluster at a time (for `pytest --dist loadgroup`)."""
+    for item in items:
+        group = "cluster" if item.get_closest_marker("cluster") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A folder that looks like a chat model; what is inside is not read before an engine loads it."""
