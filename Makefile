@@ -32,6 +32,7 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m tests.browser_setup
+	@$(BIN)/python -m tests.node_setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(STAMP)

@@ -393,6 +393,12 @@ async def test_the_asynchronous_client_raises_what_breaks_a_stream(retriever: Lo
 
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
 TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def json_schema(**wrong: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": {}} | wrong}
+
+
 ANSWERED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 
 
@@ -422,8 +428,15 @@ ANSWERED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
         ({"n": 2}, "unsupported_parameter", "n"),
         ({"tools": [TOOL]}, "unsupported_parameter", "tools"),
         ({"logprobs": True}, "unsupported_parameter", "logprobs"),
-        ({"logit_bias": {"1": 2}}, "unsupported_parameter", "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+        ({"logit_bias": {"1": 101}}, "invalid_value", "logit_bias.1"),
+        ({"logit_bias": {"the": 1}}, "invalid_value", "logit_bias.the.[key]"),
+        ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
+        ({"response_format": {"type": "grammar"}}, "invalid_value", "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "invalid_value", "response_format.json_schema"),
+        ({"response_format": json_schema(name="a b")}, "invalid_value", "response_format.json_schema.name"),
+        ({"response_format": json_schema(schema=[])}, "invalid_value", "response_format.json_schema.schema"),
+        ({"response_format": json_schema(schema={"type": 3})}, "invalid_value", "response_format.json_schema.schema"),
+        ({"rag": {"dialect": "latex"}}, "invalid_value", "rag.dialect"),
         ({"rag": {"top_k": 0}}, "invalid_value", "rag.top_k"),
         ({"rag": {"top_k": 51}}, "invalid_value", "rag.top_k"),
         ({"rag": {"topk": 5}}, "invalid_value", "rag.topk"),
@@ -1093,7 +1106,12 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
     routes = {(path, method) for path, methods in described["paths"].items() for method in methods}
     assert routes == {
         ("/v1/chat/completions", "post"),
+        ("/v1/responses", "post"),
         ("/v1/models", "get"),
+        ("/v1/models/{model}", "get"),
+        ("/v1/vector_stores", "get"),
+        ("/v1/vector_stores/{vector_store_id}", "get"),
+        ("/v1/vector_stores/{vector_store_id}/search", "post"),
         ("/v1/documents", "post"),
         ("/v1/documents", "get"),
         ("/v1/documents/{document_id}", "get"),

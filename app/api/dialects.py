@@ -3,12 +3,14 @@
 import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 from app.api.answers import Source
 from app.citations import Citation
 
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>!#|~])")
-_NOT_IN_LINKS = {ord(character): f"%{ord(character):02X}" for character in " <>()\\\"'`"}
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>!#|~&])")
+_IN_LINKS = "/:?#@!$&*+,;=%[]~"
+"""What stays as it is in an address; the rest could end the link."""
 
 
 def annotations(sources: Sequence[Source], citations: Sequence[Citation]) -> list[dict[str, Any]]:
@@ -57,4 +59,4 @@ def footer(sources: Sequence[Source], citations: Sequence[Citation]) -> str:
 def _link(source: Source) -> str:
     """Link to a source; its title stays text, whatever of Markdown it holds."""
     title = _MARKDOWN.sub(r"\\\1", " ".join(source.passage.title.split()) or source.passage.document_id)
-    return f"[{title}]({source.url.translate(_NOT_IN_LINKS)})"
+    return f"[{title}]({quote(source.url, safe=_IN_LINKS, errors='replace')})"

@@ -156,7 +156,7 @@ class ResponsesRequest(Sampled):
         found = to_filters(tool.filters, param="tools.0.filters") if tool.filters else {}
         rest = {
             "enabled": self.rag.enabled and self.tool_choice != "none",
-            "collection": self.rag.collection or (tool.vector_store_ids or [None])[0],
+            "collection": self.rag.collection or next(iter(tool.vector_store_ids or ()), None),
             "filters": {**found, **self.rag.filters},
             "top_k": self.rag.top_k or tool.max_num_results,
         }
