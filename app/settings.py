@@ -5,13 +5,16 @@ error everywhere. Each part of the service is handed only its own branch.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.domain import Dialect, Grounding, Scalar
 
 Device = Literal["gpu", "cpu"]
+
+
+ProfileName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Branch(BaseModel):
@@ -177,7 +180,7 @@ class Settings(Branch):
     llm: LLMSettings = LLMSettings()
     planning: PlanningSettings = PlanningSettings()
     answer: AnswerSettings = AnswerSettings()
-    profiles: dict[str, ProfileSettings] = Field(default_factory=dict, description="more names of models")
+    profiles: dict[ProfileName, ProfileSettings] = Field(default_factory=dict, description="more names of models")
     api: APISettings = APISettings()
     logging: LoggingSettings = LoggingSettings()
 

@@ -18,7 +18,7 @@ import pytest_asyncio
 import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.models import OpenAPI
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from reportlab.lib.pdfencrypt import StandardEncryption
@@ -508,28 +508,40 @@ async def test_text_that_is_no_unicode_is_refused(client: httpx.AsyncClient, bod
     error_of(await client.post("/v1/chat/completions", content=body, headers=JSON), 400)
 
 
-KEYS = st.sampled_from(["role", "content", "type", "text", "filters", "top_k", "author"])
+KEYS = st.sampled_from("role content type text filters top_k author format schema key value name json_schema".split())
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = st.sampled_from(["messages", "model", "stream", "stop", "rag", "seed", "temperature", "stream_options", "n"])
+BODIES = {
+    "/v1/chat/completions": (
+        asking(),
+        "messages model stream stop rag seed temperature stream_options n response_format logit_bias".split(),
+    ),
+    "/v1/responses": ({"input": "Hi"}, "input model stream rag text tools include tool_choice instructions".split()),
+    "/v1/vector_stores/default/search": (
+        {"query": "Hi"},
+        "query filters max_num_results ranking_options rewrite_query".split(),
+    ),
+}
 
 
-@given(FIELDS, VALUES)
-def test_no_body_is_answered_with_an_internal_error(field: str, value: Any) -> None:
+@settings(deadline=None)
+@given(st.sampled_from(sorted(BODIES)), st.data())
+def test_no_body_is_answered_with_an_internal_error(route: str, data: st.DataObject) -> None:
     class Nothing:
         """A retriever that finds nothing."""
 
         async def search(self, query: SearchQuery) -> SearchResult:
             return SearchResult(())
 
+    body, fields = BODIES[route]
+    body = body | {data.draw(st.sampled_from(fields)): data.draw(VALUES)}
+
     async def post() -> httpx.Response:
         async with client_of(Nothing(), ScriptedLLM("Hi.")) as client:  # type: ignore[arg-type]
-            return await client.post(
-                "/v1/chat/completions", content=json.dumps(asking() | {field: value}), headers=JSON
-            )
+            return await client.post(route, content=json.dumps(body), headers=JSON)
 
     response = asyncio.run(post())
     assert response.status_code in (200, 400, 404), response.text

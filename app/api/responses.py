@@ -125,7 +125,9 @@ class TextOptions(Wire):
 class ResponsesRequest(Sampled):
     """OpenAI's request body, with `rag`."""
 
-    input: Annotated[Text | list[InputItem], one_error("a text, or a list of messages")]
+    input: Annotated[Text | list[InputItem], one_error("a text, or a list of messages")] = Field(
+        examples=["How long did the outage last?"]
+    )
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=1_000_000)
     text: TextOptions = TextOptions()

@@ -147,7 +147,9 @@ class Sampled(Wire):
 class ChatCompletionRequest(Sampled):
     """OpenAI's request body, with `rag`."""
 
-    messages: list[WireMessage] = Field(min_length=1, max_length=1000)
+    messages: list[WireMessage] = Field(
+        min_length=1, max_length=1000, examples=[[{"role": "user", "content": "How long did the outage last?"}]]
+    )
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=1_000_000)
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
