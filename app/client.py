@@ -63,7 +63,6 @@ class Client:
     def __init__(
         self, url: str, *, collection: str | None = None, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
-        self._collection = {} if collection is None else {"collection": collection}
         self.url = _normalise_url(url)
         self._collection = {} if collection is None else {"collection": collection}
         self._http = httpx.AsyncClient(

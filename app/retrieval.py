@@ -132,11 +132,7 @@ class Index:
         self._settings = settings
         self._collection = collection
         self._reranker = reranker
-        self._metadata_index = MetadataIndex({})
-        self._metadata_expires = 0.0
-        self._metadata_writes = -1
-        self._num_writes = 0
-        self._reading_metadata = asyncio.Lock()
+        self._metadata = _HeldMetadata(store)
         self._sentence_vectors: dict[str, tuple[list[str], Vectors]] = {}
 
     async def search(self, query: SearchQuery) -> SearchResult:
@@ -165,7 +161,7 @@ class Index:
         passages = choose(ranked, query.top_k)
         with watch.stage("score_sentences"):
             scored = await self._with_sentences(passages[: query.num_scored], question)
-        notice = None if passages or not filters else (await self._metadata()).explain(filters, recognised)
+        notice = None if passages or not filters else (await self._metadata.read()).explain(filters, recognised)
         found = (*scored, *passages[query.num_scored :])
         return SearchResult(found, watch.timings_ms, degraded, recognised, notice)
 
@@ -174,7 +170,7 @@ class Index:
         try:
             return await self._ingestor.ingest(documents)
         finally:
-            self._num_writes += 1
+            self._metadata.expire()
 
     async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
         """List a page of documents."""
@@ -192,7 +188,7 @@ class Index:
         receipt = await delete(self._store, document_id)
         if receipt is None:
             raise _not_found(document_id)
-        self._num_writes += 1
+        self._metadata.expire()
         return receipt
 
     async def info(self) -> RetrieverInfo:
@@ -239,19 +235,8 @@ class Index:
         """Read filters from the question; give them and what is left to search for."""
         if not query.recognise_filters:
             return {}, query.text
-        found = (await self._metadata()).recognise(query.text, query.filters, *query.context[:1])
+        found = (await self._metadata.read()).recognise(query.text, query.filters, *query.context[:1])
         return found.filters, found.rest
-
-    async def _metadata(self) -> MetadataIndex:
-        """Give the values to recognise, at most `MAX_METADATA_AGE_S` old: other processes may write too."""
-        async with self._reading_metadata:
-            now = asyncio.get_running_loop().time()
-            if now > self._metadata_expires or self._metadata_writes != self._num_writes:
-                self._metadata_writes = self._num_writes
-                values = await self._store.metadata_values()
-                self._metadata_index = await asyncio.to_thread(MetadataIndex, values)
-                self._metadata_expires = now + MAX_METADATA_AGE_S
-            return self._metadata_index
 
     async def _with_sentences(self, passages: Sequence[Passage], question: Vectors) -> list[Passage]:
         scored = []
@@ -273,6 +258,34 @@ class Index:
             while len(self._sentence_vectors) > MAX_CACHED_PASSAGES:
                 del self._sentence_vectors[next(iter(self._sentence_vectors))]
         return found
+
+
+class _HeldMetadata:
+    """The values that a question may name, read from a store when they are expired."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._index = MetadataIndex({})
+        self._expires = 0.0
+        self._reading = asyncio.Lock()
+
+    def expire(self) -> None:
+        """Have the next call read again, after a write of this process."""
+        self._expires = 0.0
+
+    async def read(self) -> MetadataIndex:
+        """Give the values, at most `MAX_METADATA_AGE_S` old: other processes may write too."""
+        async with self._reading:
+            now = asyncio.get_running_loop().time()
+            if now >= self._expires:
+                # Set before: what is written while this reads expires it again.
+                self._expires = now + MAX_METADATA_AGE_S
+                try:
+                    self._index = await asyncio.to_thread(MetadataIndex, await self._store.metadata_values())
+                except BaseException:
+                    self.expire()
+                    raise
+            return self._index
 
 
 def _cache_key(passage: Passage) -> str:

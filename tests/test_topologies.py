@@ -333,7 +333,6 @@ SAME_TEXT = {
 }
 """Streams, and the requests for the same answer as a whole."""
 
-slow = pytest.mark.slow
 each_topology = pytest.mark.parametrize("topology", CONFIGS)
 each_request = pytest.mark.parametrize("name", REQUESTS)
 
@@ -369,7 +368,7 @@ def write_shipped_config(topology: str, folder: Path) -> Path:
     return path
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @each_topology
 @each_request
@@ -384,7 +383,7 @@ def test_a_response_is_what_the_api_promises(
     assert not [text for text in request.holds if text not in body], shown
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("topology", OTHERS)
 @each_request
@@ -393,7 +392,7 @@ def test_every_topology_answers_the_same(transcripts: dict[str, dict[str, Exchan
     assert found == expected, difference(expected, found, topology)
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @each_topology
 @pytest.mark.parametrize(("streamed", "whole"), SAME_TEXT.items())
