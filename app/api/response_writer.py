@@ -69,9 +69,9 @@ class ResponseWriter:
             yield from self._end(event)
 
     def _start(self, event: AnswerStart) -> Iterator[Event]:
-        rag = self._record.start(event)
-        yield {"type": "response.created", "response": {**self._response("in_progress"), "rag": rag}}
-        yield {"type": "response.in_progress", "response": {**self._response("in_progress"), "rag": rag}}
+        begun = self._response("in_progress")
+        yield {"type": "response.created", "response": {**begun, "rag": self._record.start(event)}}
+        yield {"type": "response.in_progress", "response": begun}
         if self._searches:
             yield from self._search(event.query)
         yield {"type": "response.output_item.added", **self._place, "item": self._message("in_progress", [])}
