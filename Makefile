@@ -34,6 +34,7 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m tests.browser_setup
+	@$(BIN)/python -m tests.node_setup
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: $(STAMP)

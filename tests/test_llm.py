@@ -15,8 +15,8 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from app.domain import Delta, GenerationRequest, Message, Passage, Role, SamplingParams, Sentence
-from app.errors import ContextTooLong, LLMUnavailable
+from app.domain import Delta, GenerationRequest, JSONFormat, Message, Passage, Role, SamplingParams, Sentence
+from app.errors import ContextTooLong, LLMUnavailable, UnsupportedParameter
 from app.llm import LLM
 from app.llm.openai_http import OpenAIEngine
 from app.services import build_llm
@@ -305,6 +305,13 @@ async def test_many_are_answered_at_once(subject: Subject) -> None:
     answers = await asyncio.gather(*(deltas_of(subject, request) for request in many))
     assert all(deltas[-1].finish_reason for deltas in answers)
     assert (await subject.llm.info()).num_running == 0
+
+
+@pytest.mark.parametrize("subject", QUOTING, indirect=True, scope="module")
+async def test_an_engine_that_quotes_refuses_json_by_name(subject: Subject) -> None:
+    with pytest.raises(UnsupportedParameter, match="quoting engine") as caught:
+        await deltas_of(subject, asking(QUESTION, json=JSONFormat()))
+    assert caught.value.param == "response_format"
 
 
 @generating

@@ -10,8 +10,8 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
 
+from app.api.answers import source
 from app.api.schemas import CollectionName, DocumentBody, DocumentsBody, SearchRequest
-from app.api.sse import source
 from app.domain import Document, IngestReceipt, Message, Scalar, SearchQuery, StoredDocument
 from app.errors import InvalidRequest, TooLarge, UnreadableFile
 from app.loaders import load_file, normalise

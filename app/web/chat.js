@@ -862,7 +862,7 @@ async function showService() {
   if (documents.value) setTotal(documents.value.total);
   const served = models.value?.data ?? [];
   const description = served.find(({ id }) => id === MODEL)?.description;
-  const others = served.map(({ id }) => id).filter((id) => id !== MODEL);
+  const others = served.filter((model) => model.owned_by !== MODEL).map(({ id }) => id);
   const engine = others.length && `Language model: ${others.join(", ")}.`;
   byId("service").textContent = [description, engine].filter(Boolean).join(" ");
 }
