@@ -542,6 +542,7 @@ def service(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Clien
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_service_that_is_killed_in_the_middle_goes_on_after_its_start_and_ends(tmp_path: Path) -> None:
     ids = [f"d{n}" for n in range(600)]
     lines = "".join(json.dumps({"id": one, "text": f"What {one} says of tides and lamps."}) + "\n" for one in ids)
