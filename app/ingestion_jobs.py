@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from app.domain import Document, IngestReceipt
 from app.durable import FULL, Hold, finish_in_thread, write_whole
-from app.errors import CleaveError, CollectionMismatch, IngestionNotFound, InvalidRequest, Unavailable
+from app.errors import CleaveError, CollectionMismatch, IngestionNotFound, InvalidRequest, Overloaded, Unavailable
 from app.retrieval import Retriever
 from app.settings import APISettings
 from app.telemetry import logger
@@ -53,10 +53,11 @@ WATCH_S = 0.5
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 30.0
 MAX_STARTS = 3
 """Of an ingestion that gets nowhere: a file that ends the process must not end it for ever."""
-TIDIED_EVERY_S = 600.0
+TIDIED_EVERY_S = 60.0
 KEPT_S = 24 * 3600
 MAX_KEPT = 1_000
 """Of finished ingestions, the newest; their files go at once."""
+MAX_WAITING = 1_000
 
 STATE, RESULTS, CANCEL = "state.json", "results.jsonl", "cancel"
 ID = re.compile(r"ing_[0-9a-f]{24}")
@@ -136,6 +137,11 @@ class IngestionJobs:
     def new_upload(self) -> UploadWriter:
         """Give what writes an upload where it can be taken over."""
         return UploadWriter(self._uploads, self._limits)
+
+    async def check_room(self) -> None:
+        """Raise `Overloaded` when too many wait."""
+        if len(await asyncio.to_thread(self._ids)) >= MAX_KEPT + MAX_WAITING:
+            raise Overloaded("Too many ingestions are waiting. Try again later.", retry_after_s=int(TIDIED_EVERY_S))
 
     async def submit(self, upload: UploadWriter, *, collection: str | None) -> Ingestion:
         """Take over a finished upload; from here on it survives this process."""
@@ -281,6 +287,7 @@ class IngestionJobs:
             except Exception:
                 # Above all a disk that is full: the work waits in its folder.
                 logger.exception("ingestions cannot go on for now")
+                await asyncio.sleep(MAX_RETRY_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
                     await self._added.wait()
