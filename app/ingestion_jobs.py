@@ -211,7 +211,9 @@ class IngestionJobs:
                 if len(found) == limit or not line.endswith(b"\n"):
                     break
                 after += len(line)
-                found.append(Result(after, json.loads(line)))
+                content = json.loads(line)
+                del content["file_number"]
+                found.append(Result(after, content))
         return found
 
     def _ids(self) -> list[str]:
@@ -452,12 +454,12 @@ def _finish(folder: Path, ingestion: Ingestion, status: Status, error: str | Non
 
 
 def _read_state(folder: Path) -> Ingestion | None:
+    """Read what an ingestion is; None where there is none, or none that this version of Cleave can read."""
     try:
         content = json.loads((folder / STATE).read_bytes())
-    except FileNotFoundError:
+        return Ingestion(**{name: content[name] for name in FIELDS & set(content)})
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    # Another version of Cleave may have written more.
-    return Ingestion(**{name: content[name] for name in FIELDS & set(content)})
 
 
 def _write_state(folder: Path, ingestion: Ingestion) -> None:
