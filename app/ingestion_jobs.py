@@ -37,6 +37,7 @@ from app.uploads import (
     UploadWriter,
     count_documents,
     documents_of,
+    explained,
     in_groups,
     load,
     remove_abandoned,
@@ -180,7 +181,8 @@ class IngestionJobs:
     # --- What is in the folder ---------------------------------------------------------------------------------------
 
     def _take_over(self, upload: UploadWriter, ingestion: Ingestion) -> None:
-        _write_state(upload.folder, ingestion)
+        with explained(self._uploads):
+            _write_state(upload.folder, ingestion)
         upload.hand_over(self._path(ingestion.id))
 
     def _path(self, ingestion_id: str) -> Path:
