@@ -92,3 +92,18 @@ def test_files_are_uploaded_and_reported_one_by_one(page: Page, tmp_path: Path) 
     page.wait_for_selector("#upload-results li.done")
     page.wait_for_selector("#upload-results li.failed")
     assert "note.md" in page.inner_text("#upload-results li.done")
+
+
+def test_the_address_of_a_chunk_opens_its_document_there(page: Page, live_service: str) -> None:
+    text = "\n\n".join(f"## Night {n}\n\n" + f"On night {n} the keeper wrote of lamps. " * 20 for n in range(30))
+    document = {"id": "nights/of <b>.md", "title": "Nights", "text": text}
+    with httpx.Client(base_url=live_service, trust_env=False, timeout=60) as client:
+        client.post("/v1/documents", json={"documents": [document]})
+        chunks = client.get("/v1/documents/nights/of%20%3Cb%3E.md").json()["chunks"]
+        page.goto(f"{live_service}/v1/documents/nights/of%20%3Cb%3E.md#{len(chunks) - 3}")
+        marked = page.locator("span:target")
+        assert marked.text_content() == chunks[-3]["text"]
+        colours = marked.evaluate("one => [one, document.body].map(each => getComputedStyle(each).backgroundColor)")
+        assert colours[0] != colours[1]
+        assert page.evaluate("window.scrollY") > 0
+        client.delete("/v1/documents/nights/of%20%3Cb%3E.md")

@@ -23,8 +23,9 @@ class Source:
 class AnswerRecord:
     """Collects what the first and the last event say."""
 
-    def __init__(self, *, base_url: str) -> None:
+    def __init__(self, *, base_url: str, collection: str | None = None) -> None:
         self._base_url = base_url.rstrip("/")
+        self._collection = collection
         self.sources: Sequence[Source] = ()
         self.citations: Sequence[Citation] = ()
         self.rag: dict[str, Any] = {}
@@ -66,7 +67,16 @@ class AnswerRecord:
         """Every passage has an address that resolves: its own, or that of its document here."""
         if passage.url.startswith(("http://", "https://")):
             return passage.url
-        return f"{self._base_url}/v1/documents/{quote(passage.document_id)}#{passage.chunk_id.rpartition('#')[2]}"
+        chunk = passage.chunk_id.rpartition("#")[2]
+        return f"{self._base_url}{document_path(passage.document_id, self._collection)}#{chunk}"
+
+
+def document_path(document_id: str, collection: str | None = None) -> str:
+    """Give the path of a document in this API, which leads to it whatever its id is."""
+    # A browser would take the segments "." and ".." for steps, so that there the slash must not look like one.
+    has_steps = not {".", ".."}.isdisjoint(document_id.split("/"))
+    query = "" if collection is None else f"?collection={collection}"
+    return f"/v1/documents/{quote(document_id, safe='' if has_steps else '/')}{query}"
 
 
 def source(passage: Passage) -> dict[str, Any]:

@@ -26,10 +26,12 @@ def chat_router(services: Services) -> APIRouter:
         json = await asyncio.to_thread(body.response_format.to_domain) if body.response_format else None
         sampling = body.sampling(max_tokens=answer.max_tokens, temperature=answer.temperature, json=json)
         messages = [message.to_domain() for message in body.messages]
-        events = services.chat.answer(question(services, profile, body.rag, messages, sampling))
+        asked = question(services, profile, body.rag, messages, sampling)
+        events = services.chat.answer(asked)
         writer = CompletionWriter(
             model=body.model,
             base_url=str(request.base_url),
+            collection=asked.collection,
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
             dialect=body.rag.dialect or (profile.dialect if profile else "annotations"),
             is_json=json is not None,

@@ -22,10 +22,18 @@ class ResponseWriter:
     `head` is what the response repeats of its request.
     """
 
-    def __init__(self, head: Mapping[str, Any], *, base_url: str, searches: bool, with_results: bool) -> None:
+    def __init__(
+        self,
+        head: Mapping[str, Any],
+        *,
+        base_url: str,
+        collection: str | None = None,
+        searches: bool,
+        with_results: bool,
+    ) -> None:
         created = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time())}
         self._head = {**created, "error": None, "incomplete_details": None, **head}
-        self._record = AnswerRecord(base_url=base_url)
+        self._record = AnswerRecord(base_url=base_url, collection=collection)
         self._is_json = head["text"]["format"]["type"] != "text"
         self._searches = searches
         self._with_results = with_results

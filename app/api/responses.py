@@ -202,6 +202,7 @@ def responses_router(services: Services) -> APIRouter:
             writer = ResponseWriter(
                 _echoed(body, sampling),
                 base_url=str(request.base_url),
+                collection=asked.collection,
                 searches=asked.use_documents,
                 with_results=RESULTS in (body.include or ()),
             )

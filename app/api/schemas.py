@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
+from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError
 
@@ -34,6 +35,7 @@ SchemaName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
 Bias: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
 CollectionName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+InCollection: TypeAlias = Annotated[CollectionName | None, Query(description="default: the configured one")]
 Value: TypeAlias = Annotated[Text | int | float | bool, one_error("a text, a finite number or a boolean")]
 Wanted: TypeAlias = Annotated[Value | list[Value], one_error("a text, a finite number, a boolean, or a list of them")]
 

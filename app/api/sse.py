@@ -28,12 +28,13 @@ class CompletionWriter:
         *,
         model: str,
         base_url: str,
+        collection: str | None = None,
         include_usage: bool = False,
         dialect: Dialect = "annotations",
         is_json: bool = False,
     ) -> None:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._record = AnswerRecord(base_url=base_url)
+        self._record = AnswerRecord(base_url=base_url, collection=collection)
         self._include_usage = include_usage
         self._dialect = dialect
         self._is_json = is_json
