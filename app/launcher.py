@@ -1,6 +1,5 @@
 """`cleave serve`: check what can be checked, run `serve run`, say how far it is, and stop all of it at Ctrl-C."""
 
-import ipaddress
 import os
 import re
 import shutil
@@ -17,9 +16,11 @@ from typing import Any
 import httpx
 from rich.console import Console
 
+from app.access import is_loopback
 from app.config import Config, load_config
 from app.dashboard import waiting_in_cluster
 from app.errors import ConfigurationError
+from app.keys import keys_path, read_keys
 from app.models import is_prepared
 from app.settings import Device
 
@@ -59,16 +60,11 @@ def serve(config_path: Path) -> int:
     console = Console(stderr=True, highlight=False)
     try:
         config = load_config(config_path)
+        check_keys(config)
         check_machine(config)
     except ConfigurationError as error:
         console.print(f"[red]cleave:[/red] {error.message}", soft_wrap=True)
         return 2
-    if not ipaddress.ip_address(socket.gethostbyname(config.host)).is_loopback:
-        console.print(
-            f"[yellow]cleave:[/yellow] http_options.host: {config.host} is open to others. There are no keys yet: "
-            "whoever reaches the port can read, add and delete documents.",
-            soft_wrap=True,
-        )
     log = config.settings.data_dir / "logs" / "serve.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -90,6 +86,26 @@ def serve(config_path: Path) -> int:
         service.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def check_keys(config: Config) -> None:
+    """Refuse to serve other machines without a key, and a file of keys that cannot be read."""
+    keys = read_keys(keys_path(config.settings))
+    if any(not key.is_expired for key in keys) or config.settings.access.allow_without_keys or is_private(config):
+        return
+    raise ConfigurationError(
+        f"http_options.host: {config.host} is open to other machines, and there is no key in "
+        f"{keys_path(config.settings)}. Create one with `cleave keys create NAME --admin`, or set "
+        "http_options.host: 127.0.0.1."
+    )
+
+
+def is_private(config: Config) -> bool:
+    """Tell whether only this machine can reach the service."""
+    try:
+        return is_loopback(socket.gethostbyname(config.host))
+    except OSError:
+        return is_loopback(config.host)
 
 
 def check_machine(config: Config) -> None:
@@ -218,7 +234,9 @@ def _progress(config: Config, readiness: dict[str, Any]) -> list[str]:
     parts = readiness.get("parts", {})
     if parts.get("retriever", {}).get("status") == "ok":
         held = parts["retriever"]
-        reached.append(f"retriever is ready: {held['num_documents']} documents, {held['num_chunks']} chunks")
+        # Where there are keys, how many documents they hold is not told to everyone.
+        sizes = f": {held['num_documents']} documents, {held['num_chunks']} chunks" if "num_documents" in held else ""
+        reached.append(f"retriever is ready{sizes}")
     if parts.get("retriever", {}).get("code") == "collection_mismatch":
         reached.append(f"not ready: {parts['retriever']['error']}")
     if parts.get("llm", {}).get("status") == "ok":
@@ -242,10 +260,13 @@ def _readiness(config: Config) -> dict[str, Any]:
 
 def _how_to_ask(config: Config, dashboard: str, log: Path) -> str:
     url = config.url
+    has_keys = bool(read_keys(keys_path(config.settings)))
+    header = ' -H "Authorization: Bearer $CLEAVE_API_KEY"' if has_keys else ""
+    hint = "\n  key        export CLEAVE_API_KEY=...   (one that `cleave keys create` showed)" if has_keys else ""
     return f"""
-[bold green]Cleave is ready.[/bold green]
+[bold green]Cleave is ready.[/bold green]{hint}
   ask        cleave ask "How long did the Reading Room outage last?"
-             curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+             curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\
                -d '{{"messages": [{{"role": "user", "content": "How long did the Reading Room outage last?"}}]}}'
   chat page  {url}/
   API docs   {url}/docs

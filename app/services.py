@@ -5,7 +5,7 @@ import gc
 import os
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.catalog import LocalRetriever
@@ -32,6 +32,10 @@ class Services:
     retriever: Retriever
     llm: LLM
     chat: ChatService
+
+    def over(self, retriever: Retriever, llm: LLM) -> "Services":
+        """Put other parts in the place of these."""
+        return replace(self, retriever=retriever, llm=llm, chat=self.chat.over(retriever, llm))
 
     async def close(self) -> None:
         """Stop what runs in this process."""

@@ -146,6 +146,19 @@ class APISettings(Branch):
     max_body_bytes: int = Field(100 * 2**20, ge=1)
 
 
+class AccessSettings(Branch):
+    """Who may use the service, and how much."""
+
+    keys_file: Path | None = Field(None, description="default: keys.json in data_dir")
+    allow_without_keys: bool = Field(False, description="serve other machines too while there are no keys")
+    rates_url: str = Field(
+        "memory://",
+        pattern=r"^(memory://|rediss?://.+|redis\+unix://.+)",
+        repr=False,
+        description="where rates are counted: each replica by itself, or all in one Redis",
+    )
+
+
 class LoggingSettings(Branch):
     """Structured logs on standard error."""
 
@@ -167,6 +180,7 @@ class Settings(Branch):
     planning: PlanningSettings = PlanningSettings()
     answer: AnswerSettings = AnswerSettings()
     api: APISettings = APISettings()
+    access: AccessSettings = AccessSettings()
     logging: LoggingSettings = LoggingSettings()
 
     def only(self, *branches: str) -> "Settings":

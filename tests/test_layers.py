@@ -14,6 +14,8 @@ LAYERS = [
     {"domain", "errors", "placement"},
     {"settings"},
     {"telemetry", "config", "dashboard"},
+    {"keys"},
+    {"access", "rates"},
     {
         "loaders",
         "chunking",

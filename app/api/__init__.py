@@ -3,19 +3,26 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.responses import FileResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 
+from app.api.authentication import Authentication
 from app.api.chat import chat_router
 from app.api.collections import collections_router
 from app.api.documents import documents_router
 from app.api.errors import install_error_handlers
+from app.api.guards import GuardedLLM, GuardedRetriever
 from app.api.health import health_router
 from app.api.middleware import BodyLimit, RequestContext, SameOrigin
+from app.keys import KeyFile
+from app.rates import Rates
 from app.services import Services
 
 WEB = Path(__file__).parent.parent / "web"
+KEY_IN_DESCRIPTION = Depends(HTTPBearer(auto_error=False, description="A key of `cleave keys create`."))
+"""Refuses nothing: `Authentication` does, before any route is chosen."""
 
 
 def create_api(services: Services) -> FastAPI:
@@ -25,14 +32,17 @@ def create_api(services: Services) -> FastAPI:
         version=version("cleave"),
         description="Answers from your own writing, with citations. The chat routes speak OpenAI's API.",
     )
-    api.add_middleware(BodyLimit, max_bytes=services.settings.api.max_body_bytes)
+    settings, keys = services.settings, KeyFile(services.settings)
+    rates = Rates(settings.access)
+    api.add_middleware(BodyLimit, max_bytes=settings.api.max_body_bytes)
     api.add_middleware(SameOrigin)
+    api.add_middleware(Authentication, settings=settings, keys=keys, rates=rates)
     api.add_middleware(RequestContext)
     install_error_handlers(api)
-    api.include_router(health_router(services))
-    api.include_router(chat_router(services))
-    api.include_router(documents_router(services))
-    api.include_router(collections_router(services))
+    api.include_router(health_router(services, keys))
+    guarded = services.over(GuardedRetriever(services.retriever), GuardedLLM(services.llm, rates))
+    for router in (chat_router, documents_router, collections_router):
+        api.include_router(router(guarded), dependencies=[KEY_IN_DESCRIPTION])
     api.mount("/web", StaticFiles(directory=WEB), name="web")
 
     @api.get("/", include_in_schema=False)

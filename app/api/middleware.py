@@ -6,6 +6,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.authentication import CALLER
 from app.api.errors import error_response, internal_error
 from app.errors import CrossOrigin, TooLarge
 from app.telemetry import logger, request_id
@@ -69,9 +70,11 @@ class RequestContext:
                     "request",
                     extra={
                         "method": scope["method"],
+                        "route": getattr(scope.get("route"), "path", None),
                         "path": scope["path"],
                         "status": status or None,
                         "duration_ms": round((time.perf_counter() - started) * 1000),
+                        **(scope[CALLER].audit() if CALLER in scope else {}),
                     },
                 )
             request_id.reset(token)
