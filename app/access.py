@@ -1,6 +1,5 @@
 """What the sender of a request may do: asked at every step to documents and model, and written into the log."""
 
-import ipaddress
 from contextvars import ContextVar
 from typing import Any
 
@@ -92,13 +91,3 @@ class Caller:
 
 caller: ContextVar[Caller] = ContextVar("caller")
 """Of the request that is being answered; without one, nothing is given out."""
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether an address means this machine."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback

@@ -32,7 +32,15 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from app.domain import Scalar
-from app.errors import CleaveError, CollectionMismatch, ConfigurationError, InvalidRequest, Unavailable
+from app.errors import (
+    AccessDenied,
+    CleaveError,
+    CollectionMismatch,
+    ConfigurationError,
+    InvalidRequest,
+    RateLimited,
+    Unavailable,
+)
 from app.self_query import describe
 
 if TYPE_CHECKING:
@@ -43,6 +51,7 @@ if TYPE_CHECKING:
     from app.evaluation.run import Report
     from app.evaluation.service import Target
     from app.evaluation.sets import EvaluationSet
+    from app.keys import Key
 
 FAILED, WRONG_USE, UNREACHABLE = 1, 2, 3
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -110,6 +119,12 @@ main = typer.Typer(
 )
 documents = typer.Typer(invoke_without_command=True, epilog="Example: cleave documents --json | jq -r '.[].id'")
 main.add_typer(documents, name="documents")
+keys = typer.Typer(
+    no_args_is_help=True,
+    help="Create, list and revoke the keys that the service takes.",
+    epilog="Example: cleave keys create acme --read acme --write acme --requests-per-minute 60",
+)
+main.add_typer(keys, name="keys")
 
 URL = Annotated[str, typer.Option("--url", envvar="CLEAVE_URL", help="Where the service is.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -255,7 +270,7 @@ def ingest(
     summary.add(found.failures)
     try:
         _call(url, lambda client: _send_files(client, found, summary))
-    except Unavailable:
+    except (Unavailable, AccessDenied, RateLimited):
         # What was sent before stays sent, and running again goes on from there.
         if summary.counts:
             _print_summary(summary, as_json)
@@ -701,15 +716,116 @@ def _model_of(manifest: "Mapping[str, Any]") -> str:
     return f"{manifest.get('embedding.model')}, chunks of {manifest.get('chunking.max_tokens')} tokens"
 
 
+# --- Keys ------------------------------------------------------------------------------------------------------------
+
+KeyName = Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")]
+OfConfig = Annotated[Path, typer.Option("--config", help="The Serve config that says where the keys are.")]
+OfFile = Annotated[Path | None, typer.Option("--file", help="The file of keys itself, in place of --config.")]
+Collections = list[str] | None
+
+
+@keys.command(epilog="Example: cleave keys create acme --read 'acme*' --write acme --requests-per-minute 60")
+def create(
+    name: KeyName,
+    read: Annotated[
+        Collections, typer.Option("--read", metavar="COLLECTION", help="May search it; repeatable; * for any letters.")
+    ] = None,
+    write: Annotated[
+        Collections, typer.Option("--write", metavar="COLLECTION", help="May add and delete there; likewise.")
+    ] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="May do all in all collections, and reindex.")] = False,
+    default_collection: Annotated[
+        str | None,
+        typer.Option(
+            "--default-collection", metavar="NAME", help="Meant when a request names none. Default: the first named."
+        ),
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option("--requests-per-minute", min=1)] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option("--tokens-per-minute", min=1, help="Of the language model, read and written.")
+    ] = None,
+    expires: Annotated[
+        datetime | None, typer.Option("--expires", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"], help="In local time.")
+    ] = None,
+    config: OfConfig = DEFAULT_CONFIG,
+    file: OfFile = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Create a key and show it, once: only a hash of it is kept. A running service takes it a second later."""
+    from app.keys import create_key
+
+    key, secret = create_key(
+        _keys_path(config, file),
+        name,
+        read=read or (),
+        write=write or (),
+        default_collection=default_collection,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        expires_at=expires.astimezone() if expires else None,
+        is_admin=admin,
+    )
+    if as_json:
+        _print_json({**_key_record(key), "key": secret})
+        return
+    _console(stderr=True).print(
+        f"The key of {name}. It is shown this once; it goes into the header `Authorization: Bearer KEY`, and for "
+        "`cleave` into the environment variable CLEAVE_API_KEY:",
+        soft_wrap=True,
+    )
+    typer.echo(secret)
+
+
+@keys.command("list", epilog="Example: cleave keys list --json")
+def list_keys(config: OfConfig = DEFAULT_CONFIG, file: OfFile = None, as_json: AsJSON = False) -> None:
+    """List the keys: whose they are and what they may do."""
+    from app.keys import read_keys
+
+    found = read_keys(_keys_path(config, file))
+    if as_json:
+        _print_json([_key_record(key) for key in found])
+        return
+    table = _table("name", "id", "reads", "writes", "default", "requests/min", "tokens/min", "expires")
+    for key in found:
+        reads, writes = ("all" if key.is_admin else ", ".join(one) or "-" for one in (key.read, key.write))
+        limits = (str(one or "-") for one in (key.requests_per_minute, key.tokens_per_minute))
+        expires = f"{key.expires_at.astimezone():%Y-%m-%d %H:%M}{' (over)' * key.is_expired}" if key.expires_at else "-"
+        table.add_row(key.name, key.id, reads, writes, key.default_collection or "-", *limits, expires)
+    _console().print(table if found else "No keys: only this machine is served. `cleave keys create NAME` makes one.")
+
+
+@keys.command(epilog="Example: cleave keys revoke acme")
+def revoke(name: KeyName, config: OfConfig = DEFAULT_CONFIG, file: OfFile = None, as_json: AsJSON = False) -> None:
+    """Revoke a key. A running service refuses it a second later."""
+    from app.keys import revoke_key
+
+    key = revoke_key(_keys_path(config, file), name)
+    if as_json:
+        _print_json(_key_record(key))
+    else:
+        _console(stderr=True).print(f"Revoked the key {name} ({key.id}).")
+
+
+def _keys_path(config: Path, file: Path | None) -> Path:
+    from app.config import load_config
+    from app.keys import keys_path
+
+    return file or keys_path(load_config(config).settings)
+
+
+def _key_record(key: "Key") -> "Record":
+    return key.model_dump(mode="json", exclude={"hash"})
+
+
 # --- Shared ----------------------------------------------------------------------------------------------------------
 
 
 def _call(url: str, use: "Callable[[Client], Awaitable[T]]", *, collection: str | None = None) -> T:
-    """Use the service for one verb."""
+    """Use the service for one verb. A key is not taken from the command line, which every user of a machine can see."""
     from app.client import Client
 
     async def connected() -> T:
-        async with Client(url, collection=collection) as client:
+        async with Client(url, collection=collection, api_key=os.environ.get("CLEAVE_API_KEY")) as client:
             return await use(client)
 
     return asyncio.run(connected())
@@ -782,7 +898,7 @@ def _print_json(value: object) -> None:
 
 
 def _exit_code(error: CleaveError) -> int:
-    if isinstance(error, InvalidRequest | ConfigurationError | CollectionMismatch):
+    if isinstance(error, InvalidRequest | AccessDenied | ConfigurationError | CollectionMismatch):
         return WRONG_USE
     return UNREACHABLE if isinstance(error, Unavailable) else FAILED
 

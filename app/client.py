@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import httpx
 
-from app.access import is_loopback
+from app.addresses import is_loopback
 from app.domain import Document, Filters, Message, Ranking
 from app.errors import (
     AccessDenied,

@@ -21,6 +21,8 @@ from typing import Annotated, TypeAlias
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from app.addresses import reaches_loopback_only
+from app.config import Config
 from app.errors import ConfigurationError, InvalidKey, InvalidRequest, KeysUnreadable
 from app.settings import Settings
 from app.telemetry import logger
@@ -99,6 +101,18 @@ def read_keys(path: Path) -> tuple[Key, ...]:
             f"{path}: the file of keys is broken ({where}: {first['msg']}). Restore it, or remove it and create the "
             "keys again with `cleave keys create`."
         ) from None
+
+
+def check_keys(config: Config) -> None:
+    """Refuse to serve other machines without a key, and a file of keys that is broken. Raises `ConfigurationError`."""
+    path = keys_path(config.settings)
+    has_key = any(not key.is_expired for key in read_keys(path))
+    if has_key or config.settings.access.allow_without_keys or reaches_loopback_only(config.host):
+        return
+    raise ConfigurationError(
+        f"http_options.host: {config.host} is open to other machines, and there is no key in {path}. Create one with "
+        "`cleave keys create NAME --admin`, or set http_options.host: 127.0.0.1."
+    )
 
 
 def create_key(

@@ -16,11 +16,10 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from app.access import is_loopback
 from app.config import Config, load_config
 from app.dashboard import waiting_in_cluster
 from app.errors import ConfigurationError
-from app.keys import keys_path, read_keys
+from app.keys import check_keys, keys_path, read_keys
 from app.models import is_prepared
 from app.settings import Device
 
@@ -86,26 +85,6 @@ def serve(config_path: Path) -> int:
         service.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def check_keys(config: Config) -> None:
-    """Refuse to serve other machines without a key, and a file of keys that cannot be read."""
-    keys = read_keys(keys_path(config.settings))
-    if any(not key.is_expired for key in keys) or config.settings.access.allow_without_keys or is_private(config):
-        return
-    raise ConfigurationError(
-        f"http_options.host: {config.host} is open to other machines, and there is no key in "
-        f"{keys_path(config.settings)}. Create one with `cleave keys create NAME --admin`, or set "
-        "http_options.host: 127.0.0.1."
-    )
-
-
-def is_private(config: Config) -> bool:
-    """Tell whether only this machine can reach the service."""
-    try:
-        return is_loopback(socket.gethostbyname(config.host))
-    except OSError:
-        return is_loopback(config.host)
 
 
 def check_machine(config: Config) -> None:
@@ -235,7 +214,8 @@ def _progress(config: Config, readiness: dict[str, Any]) -> list[str]:
     if parts.get("retriever", {}).get("status") == "ok":
         held = parts["retriever"]
         # Where there are keys, how many documents they hold is not told to everyone.
-        sizes = f": {held['num_documents']} documents, {held['num_chunks']} chunks" if "num_documents" in held else ""
+        is_told = "num_documents" in held
+        sizes = f": {held['num_documents']} documents, {held['num_chunks']} chunks" if is_told else ""
         reached.append(f"retriever is ready{sizes}")
     if parts.get("retriever", {}).get("code") == "collection_mismatch":
         reached.append(f"not ready: {parts['retriever']['error']}")

@@ -11,7 +11,7 @@ from app.config import DEPLOYMENTS
 
 APP = Path(__file__).parent.parent / "app"
 LAYERS = [
-    {"domain", "errors", "placement"},
+    {"addresses", "domain", "errors", "placement"},
     {"settings"},
     {"telemetry", "config", "dashboard"},
     {"keys"},

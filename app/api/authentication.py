@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.access import Caller, caller, is_loopback
+from app.access import Caller, caller
+from app.addresses import is_loopback
 from app.api.errors import error_response
 from app.errors import CleaveError, Forbidden, InvalidKey
 from app.keys import Key, KeyFile
