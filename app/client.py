@@ -239,9 +239,9 @@ class Client:
                 f"{self.url} answered {response.status_code} {response.reason_phrase} without saying why. "
                 "Is it a Cleave service, and is it up?"
             )
-        error.retry_after_s = retry_after_s
         if isinstance(error, InvalidKey):
-            error.message += " `cleave` takes it from the environment variable CLEAVE_API_KEY."
+            error = InvalidKey(f"{error.message} `cleave` takes it from the environment variable CLEAVE_API_KEY.")
+        error.retry_after_s = retry_after_s
         return error
 
     @asynccontextmanager

@@ -31,7 +31,7 @@ def path(tmp_path: Path) -> Path:
 async def eventually(found: Callable[[], Any]) -> Any:
     """Wait until it gives no false value."""
     async with asyncio.timeout(SOON):
-        while not (value := await found()):
+        while not (value := await found()):  # noqa: ASYNC110  # Nothing tells when the file is read.
             await asyncio.sleep(0.02)
         return value
 
@@ -129,7 +129,7 @@ async def test_a_broken_file_lets_nobody_in_until_it_is_mended(
     path: Path, tmp_path: Path, content: str | bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, sent = create_key(path, "acme", is_admin=True)
-    whole = path.read_bytes()
+    whole = await asyncio.to_thread(path.read_bytes)
     keys = KeyFile(Settings(data_dir=tmp_path))
     assert await keys.find(sent)
 
@@ -140,13 +140,13 @@ async def test_a_broken_file_lets_nobody_in_until_it_is_mended(
             return True
         return False
 
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    await asyncio.to_thread(path.write_bytes, content.encode() if isinstance(content, str) else content)
     with pytest.raises(ConfigurationError, match=r"the file of keys is broken .* `cleave keys create`") as caught:
         read_keys(path)
     assert "\n" not in caught.value.message
     await eventually(is_closed)
     assert await keys.are_needed()
-    path.write_bytes(whole)
+    await asyncio.to_thread(path.write_bytes, whole)
     await eventually(lambda: _negated(is_closed))
 
 
