@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,12 +12,16 @@ import httpx
 import pytest
 import pytest_asyncio
 from fastapi import APIRouter
+from typer.testing import CliRunner, Result
 
 from app.access import caller
 from app.api.authentication import is_open
+from app.cli import main
 from app.client import Client
 from app.errors import Forbidden, InvalidKey
-from app.telemetry import JSONFormatter, logger
+from app.keys import create_key
+from app.telemetry import JSONFormatter, TextFormatter, logger
+from tests.conftest import ServiceThread
 from tests.keyed_service import ADDRESS, QUESTION, KeyedService, add, error_of, keyed_service, settings_for
 from tests.scripted_llm import ScriptedLLM
 from tests.tiny_models import make_encoder
@@ -361,7 +365,77 @@ async def test_each_request_is_one_line_that_says_who_did_what(
     assert not [secret for secret in secrets if secret in everything]
 
 
-# --- The client of the terminal --------------------------------------------------------------------------------------
+def test_the_text_format_says_the_same_in_one_line() -> None:
+    extra = {"key": "acme", "status": 200, "collection": None}
+    record = logging.makeLogRecord({"levelname": "INFO", "msg": "request", **extra})
+    assert TextFormatter().format(record).endswith(" INFO request key=acme status=200")
+
+
+# --- The terminal ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def live(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path_factory.mktemp("live")
+    thread = ServiceThread(settings_for(folder, encoder))
+    thread.start()
+    thread.wait_until_built()
+    yield thread.url, folder
+    thread.stop()
+
+
+def cleave(url: str, key: str, *arguments: str) -> Result:
+    environment = {"CLEAVE_URL": url, "CLEAVE_API_KEY": key, "COLUMNS": "200"}
+    return CliRunner().invoke(main, list(arguments), env=environment)
+
+
+def test_the_terminal_sends_a_key_and_explains_a_refusal_in_one_line(live: tuple[str, Path]) -> None:
+    url, folder = live
+    sent = create_key(folder / "keys.json", "acme", read=["acme"], write=["acme"])[1]
+    reader = create_key(folder / "keys.json", "reader", read=["acme"])[1]
+    note = folder / "note.md"
+    note.write_text(f"# Crane\n\n{ACME_FACT}", encoding="utf-8")
+    while cleave(url, sent, "ingest", str(note)).exit_code != 0:
+        pass  # The file of keys is looked at once a second.
+    verbs = [
+        ["ask", "How long did the outage last?"],
+        ["search", "crane"],
+        ["documents"],
+        ["documents", "show", "note.md"],
+    ]
+    for key in (sent, reader):
+        for verb in verbs:
+            done = cleave(url, key, *verb)
+            assert done.exit_code == 0, done.output
+            assert "Crane" in done.stdout
+    for verb in [*verbs, ["ingest", str(note)], ["reindex", "--rollback"]]:
+        refused = cleave(url, "", *verb)
+        assert (refused.exit_code, refused.stdout.strip()) == (2, "")
+        assert "environment variable CLEAVE_API_KEY" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    forbidden = cleave(url, reader, "ingest", str(note))
+    assert forbidden.exit_code == 2
+    assert (
+        "The key 'reader' may not write to the collection 'acme'. It may read: acme; write: nothing."
+        in forbidden.stderr
+    )
+    assert forbidden.stderr.count("\n") == 1
+    assert sent not in forbidden.output
+
+
+def test_serving_other_machines_without_a_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "http_options: {host: 0.0.0.0, port: 8000}\n"
+        "applications: [{name: cleave, import_path: 'deployments.application:monolith', "
+        f"args: {{data_dir: '{tmp_path}/data'}}}}]",
+        encoding="utf-8",
+    )
+    refused = CliRunner().invoke(main, ["serve", str(file)])
+    assert refused.exit_code == 2
+    assert "`cleave keys create NAME --admin`, or set http_options.host: 127.0.0.1." in refused.output
+    assert refused.output.count("\n") == 1
+    assert not (tmp_path / "data").exists()
 
 
 async def test_the_terminals_client_sends_the_key_and_explains_a_refusal(encoder: str, tmp_path: Path) -> None:

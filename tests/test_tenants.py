@@ -178,7 +178,7 @@ async def write(world: World, step: Write) -> None:
     if not is_allowed:
         assert response.status_code == 403, response.text
     world.counts[f"{step.action} {response.status_code}"] += 1
-    check(world, response, set())
+    check(world, step, response, set())
 
 
 async def read(world: World, step: Read) -> None:
@@ -203,7 +203,7 @@ async def read(world: World, step: Read) -> None:
     response = await requests[step.action]()
     world.counts[f"{step.action} {response.status_code}"] += 1
     if step.action in ("collections", "ready"):
-        check(world, response, set())
+        check(world, step, response, set())
         if step.action == "collections":
             seen = {one["name"]: one["num_documents"] for one in response.json()["data"]}
             mine = {*READABLE[step.tenant], *WRITABLE[step.tenant]}
@@ -213,9 +213,9 @@ async def read(world: World, step: Read) -> None:
         return
     if name not in READABLE[step.tenant]:
         assert response.status_code == 403, response.text
-        check(world, response, set())
+        check(world, step, response, set())
         return
-    check(world, response, world.tokens(name))
+    check(world, step, response, world.tokens(name))
     if step.action == "list":
         assert response.status_code == (200 if name in world.held else 404)
         if name in world.held:
@@ -226,8 +226,10 @@ async def read(world: World, step: Read) -> None:
         assert TOKEN.search(response.text), "what is its own is found"
 
 
-def check(world: World, response: httpx.Response, allowed: set[str]) -> None:
-    """No token of another's document, or of one that is gone, in any part of the answer."""
+def check(world: World, step: Write | Read, response: httpx.Response, allowed: set[str]) -> None:
+    """No token of another's document, or of one that is gone, and no name of another's collection in the answer."""
+    known = {*READABLE[step.tenant], *WRITABLE[step.tenant], step.collection, "default"}
+    assert not [one for one in COLLECTIONS if one not in known and one in response.text], response.text
     seen = set(TOKEN.findall(response.text + json.dumps(dict(response.headers))))
     assert seen <= allowed, response.text
     world.counts["answers with documents"] += bool(seen)
