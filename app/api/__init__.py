@@ -3,14 +3,17 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.responses import FileResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 
+from app.api.authentication import Authentication
 from app.api.chat import chat_router
 from app.api.collections import collections_router
 from app.api.documents import documents_router
 from app.api.errors import install_error_handlers
+from app.api.guards import GuardedIngestions, GuardedLLM, GuardedRetriever
 from app.api.health import health_router
 from app.api.ingestions import ingestions_router
 from app.api.middleware import BodyLimit, RequestContext, SameOrigin
@@ -19,9 +22,24 @@ from app.api.responses import responses_router
 from app.api.search import search_router
 from app.api.uploads import uploads_router
 from app.api.vector_stores import vector_stores_router
+from app.keys import KeyFile
+from app.rates import Rates
 from app.services import Services
 
 WEB = Path(__file__).parent.parent / "web"
+ROUTERS = (
+    chat_router,
+    responses_router,
+    models_router,
+    vector_stores_router,
+    uploads_router,
+    documents_router,
+    ingestions_router,
+    search_router,
+    collections_router,
+)
+KEY_IN_DESCRIPTION = Depends(HTTPBearer(auto_error=False, description="A key of `cleave keys create`."))
+"""Refuses nothing: `Authentication` does, before any route is chosen."""
 
 
 def create_api(services: Services) -> FastAPI:
@@ -31,21 +49,20 @@ def create_api(services: Services) -> FastAPI:
         version=version("cleave"),
         description="Answers from your own writing, with citations. The chat routes speak OpenAI's API.",
     )
-    limits = services.settings.api
+    settings, keys = services.settings, KeyFile(services.settings)
+    rates = Rates(settings.access)
+    limits = settings.api
     api.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
     api.add_middleware(SameOrigin)
+    api.add_middleware(Authentication, settings=settings, keys=keys, rates=rates)
     api.add_middleware(RequestContext)
     install_error_handlers(api)
-    api.include_router(health_router(services))
-    api.include_router(chat_router(services))
-    api.include_router(responses_router(services))
-    api.include_router(models_router(services))
-    api.include_router(vector_stores_router(services))
-    api.include_router(uploads_router(services))
-    api.include_router(documents_router(services))
-    api.include_router(ingestions_router(services))
-    api.include_router(search_router(services))
-    api.include_router(collections_router(services))
+    api.include_router(health_router(services, keys))
+    guarded = services.over(
+        GuardedRetriever(services.retriever), GuardedLLM(services.llm, rates), GuardedIngestions(services.ingestions)
+    )
+    for router in ROUTERS:
+        api.include_router(router(guarded), dependencies=[KEY_IN_DESCRIPTION])
     api.mount("/web", StaticFiles(directory=WEB), name="web")
 
     @api.get("/", include_in_schema=False)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.authentication import CALLER
 from app.api.errors import error_response, internal_error
 from app.errors import CrossOrigin, TooLarge, TooSlow
 from app.telemetry import logger, request_id
@@ -77,9 +78,11 @@ class RequestContext:
                     "request",
                     extra={
                         "method": scope["method"],
+                        "route": getattr(scope.get("route"), "path", None),
                         "path": scope["path"],
                         "status": status or None,
                         "duration_ms": round((time.perf_counter() - started) * 1000),
+                        **(scope[CALLER].audit() if CALLER in scope else {}),
                     },
                 )
             request_id.reset(token)

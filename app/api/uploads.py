@@ -17,7 +17,7 @@ from app.api.schemas import DocumentBody, DocumentsBody, InCollection
 from app.domain import Document, Scalar
 from app.durable import finish_in_thread
 from app.errors import InvalidRequest, UnreadableFile
-from app.ingestion_jobs import IngestionJobs
+from app.ingestion_jobs import Ingestions
 from app.loaders import normalise
 from app.retrieval import Retriever
 from app.services import Services
@@ -93,7 +93,7 @@ def uploads_router(services: Services) -> APIRouter:
 
 
 @asynccontextmanager
-async def _received(request: Request, ingestions: IngestionJobs, *, is_form: bool) -> AsyncIterator[UploadWriter]:
+async def _received(request: Request, ingestions: Ingestions, *, is_form: bool) -> AsyncIterator[UploadWriter]:
     """Write what is sent to disk as it comes. What nobody takes over goes at the end.
 
     Raises `InvalidRequest` when the client leaves in the middle.

@@ -17,6 +17,7 @@ const EXAMPLES = [
 ];
 
 const MODEL = "cleave";
+const KEY = "cleave-key";
 const DOCUMENTS_PER_PAGE = 100;
 
 /** How an answer was made, by the server's `grounded`. */
@@ -125,11 +126,45 @@ function connectionError(error, message) {
 }
 
 async function request(path, options) {
-  const response = await fetch(path, options).catch((error) => {
-    throw connectionError(error, "The server cannot be reached.");
-  });
+  const key = sessionStorage.getItem(KEY);
+  const response = await send(path, options, key);
+  if (response.status === 401) {
+    // Another request may have asked for a key since this one was sent.
+    const isNew = key !== sessionStorage.getItem(KEY);
+    if (isNew || await askForKey(await responseError(response.clone()))) return request(path, options);
+  }
   if (!response.ok) throw await responseError(response);
   return response;
+}
+
+/** Send a request with the reader's key, if there is one. */
+function send(path, options = {}, key = null) {
+  const headers = { ...options.headers, ...(key && { authorization: `Bearer ${key}` }) };
+  return fetch(path, { ...options, headers }).catch((error) => {
+    throw connectionError(error, "The server cannot be reached.");
+  });
+}
+
+let keyQuestion = null;
+
+/** Ask the reader for a key, which this tab keeps until it is closed; false if none is given. All ask at once. */
+function askForKey(refusal) {
+  keyQuestion ??= new Promise((resolve) => {
+    const dialog = byId("key-dialog");
+    byId("key-refusal").textContent = refusal.message;
+    byId("key").value = "";
+    dialog.returnValue = "";
+    dialog.addEventListener("close", () => {
+      keyQuestion = null;
+      const key = byId("key").value.trim();
+      byId("key").value = "";
+      const isGiven = dialog.returnValue === "use" && key !== "";
+      if (isGiven) sessionStorage.setItem(KEY, key);
+      resolve(isGiven);
+    }, { once: true });
+    dialog.showModal();
+  });
+  return keyQuestion;
 }
 
 async function requestJson(path, options) {
