@@ -249,6 +249,17 @@ async def test_what_is_the_same_for_everyone_needs_no_key(
 
 
 @in_one_loop
+@pytest.mark.parametrize(
+    "path",
+    ["/web/../v1/documents", "/web/%2e%2e/v1/documents", "//v1/documents", "/v1/documents/", "/docs/../v1/models"],
+)
+async def test_no_other_way_to_write_a_path_needs_less(service: KeyedService, keys: dict[str, str], path: str) -> None:
+    async with service.client() as client:
+        response = await client.get(httpx.URL(ADDRESS).copy_with(raw_path=path.encode()))
+    assert response.status_code in (401, 404)
+
+
+@in_one_loop
 async def test_the_description_says_which_routes_need_a_key(service: KeyedService) -> None:
     paths = service.api.openapi()["paths"]
     secured = {path for path, methods in paths.items() if all("security" in one for one in methods.values())}

@@ -18,7 +18,7 @@ import pytest_asyncio
 import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.models import OpenAPI
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from reportlab.lib.pdfencrypt import StandardEncryption
@@ -504,6 +504,7 @@ VALUES = st.recursive(
 FIELDS = st.sampled_from(["messages", "model", "stream", "stop", "rag", "seed", "temperature", "stream_options", "n"])
 
 
+@settings(deadline=None)
 @given(FIELDS, VALUES)
 def test_no_body_is_answered_with_an_internal_error(field: str, value: Any) -> None:
     class Nothing:

@@ -2,13 +2,13 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from fastapi.responses import FileResponse
-from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 
-from app.api.authentication import Authentication
+from app.api.authentication import Authentication, is_open
 from app.api.chat import chat_router
 from app.api.collections import collections_router
 from app.api.documents import documents_router
@@ -21,13 +21,28 @@ from app.rates import Rates
 from app.services import Services
 
 WEB = Path(__file__).parent.parent / "web"
-KEY_IN_DESCRIPTION = Depends(HTTPBearer(auto_error=False, description="A key of `cleave keys create`."))
-"""Refuses nothing: `Authentication` does, before any route is chosen."""
+
+
+class API(FastAPI):
+    """An application whose description says of each route whether it needs a key."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe the routes."""
+        if self.openapi_schema is None:
+            described = super().openapi()
+            schemes = described.setdefault("components", {}).setdefault("securitySchemes", {})
+            schemes["key"] = {"type": "http", "scheme": "bearer", "description": "A key of `cleave keys create`."}
+            for path, operations in described["paths"].items():
+                for operation in operations.values():
+                    if not is_open(path):
+                        operation["security"] = [{"key": []}]
+            self.openapi_schema = described
+        return self.openapi_schema
 
 
 def create_api(services: Services) -> FastAPI:
-    """Build the application; it holds no state of its own."""
-    api = FastAPI(
+    """Build the application. Its own state is what it has read of the keys, and the rates that it counts."""
+    api = API(
         title="Cleave",
         version=version("cleave"),
         description="Answers from your own writing, with citations. The chat routes speak OpenAI's API.",
@@ -41,8 +56,9 @@ def create_api(services: Services) -> FastAPI:
     install_error_handlers(api)
     api.include_router(health_router(services, keys))
     guarded = services.over(GuardedRetriever(services.retriever), GuardedLLM(services.llm, rates))
-    for router in (chat_router, documents_router, collections_router):
-        api.include_router(router(guarded), dependencies=[KEY_IN_DESCRIPTION])
+    api.include_router(chat_router(guarded))
+    api.include_router(documents_router(guarded))
+    api.include_router(collections_router(guarded))
     api.mount("/web", StaticFiles(directory=WEB), name="web")
 
     @api.get("/", include_in_schema=False)
