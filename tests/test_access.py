@@ -225,6 +225,18 @@ async def test_reading_and_writing_are_rights_of_their_own(
 
 
 @in_one_loop
+async def test_an_upload_of_nothing_readable_is_reported_to_who_may_upload(
+    service: KeyedService, keys: dict[str, str]
+) -> None:
+    files = [("files", ("photo.md", b"\x89PNG\x00\x00"))]
+    async with service.client(keys["acme"]) as client:
+        reported = await client.post("/v1/documents", files=files)
+        refused = await client.post("/v1/documents", files=files, params={"collection": "other"})
+    assert reported.json()["data"][0]["status"] == "failed"
+    assert error_of(refused) == (403, "forbidden")
+
+
+@in_one_loop
 async def test_a_missing_collection_is_said_without_naming_others(service: KeyedService, keys: dict[str, str]) -> None:
     async with service.client(keys["acme"]) as client:
         response = await client.post("/v1/search", json={"query": "crane", "collection": "acme-2030"})

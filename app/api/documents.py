@@ -10,6 +10,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
 
+from app.access import caller
 from app.api.schemas import CollectionName, DocumentBody, DocumentsBody, SearchRequest
 from app.api.sse import source
 from app.domain import Document, IngestReceipt, Message, Scalar, SearchQuery, StoredDocument
@@ -68,6 +69,7 @@ def documents_router(services: Services) -> APIRouter:
 
         Each is reported by itself: `created`, `updated`, `unchanged` or `failed` with the reason.
         """
+        caller.get().writable(collection)  # Before the body is read, and also where nothing in it can be.
         content_type = request.headers.get("content-type", "").lower()
         if content_type.startswith("multipart/form-data"):
             loaded = _from_form(request, max_file_bytes)
