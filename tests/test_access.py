@@ -225,6 +225,18 @@ async def test_reading_and_writing_are_rights_of_their_own(
 
 
 @in_one_loop
+async def test_an_upload_of_nothing_readable_is_reported_to_who_may_upload(
+    service: KeyedService, keys: dict[str, str]
+) -> None:
+    files = [("files", ("photo.md", b"\x89PNG\x00\x00"))]
+    async with service.client(keys["acme"]) as client:
+        reported = await client.post("/v1/documents", files=files)
+        refused = await client.post("/v1/documents", files=files, params={"collection": "other"})
+    assert reported.json()["data"][0]["status"] == "failed"
+    assert error_of(refused) == (403, "forbidden")
+
+
+@in_one_loop
 async def test_a_missing_collection_is_said_without_naming_others(service: KeyedService, keys: dict[str, str]) -> None:
     async with service.client(keys["acme"]) as client:
         response = await client.post("/v1/search", json={"query": "crane", "collection": "acme-2030"})
@@ -246,6 +258,17 @@ async def test_what_is_the_same_for_everyone_needs_no_key(
     assert not [
         word for word in ("num_documents", "filter_fields", "acme", "keys_file", "rates_url") if word in response.text
     ]
+
+
+@in_one_loop
+@pytest.mark.parametrize(
+    "path",
+    ["/web/../v1/documents", "/web/%2e%2e/v1/documents", "//v1/documents", "/v1/documents/", "/docs/../v1/models"],
+)
+async def test_no_other_way_to_write_a_path_needs_less(service: KeyedService, keys: dict[str, str], path: str) -> None:
+    async with service.client() as client:
+        response = await client.get(httpx.URL(ADDRESS).copy_with(raw_path=path.encode()))
+    assert response.status_code in (401, 404)
 
 
 @in_one_loop

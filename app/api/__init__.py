@@ -2,13 +2,13 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from fastapi.responses import FileResponse
-from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 
-from app.api.authentication import Authentication
+from app.api.authentication import Authentication, is_open
 from app.api.chat import chat_router
 from app.api.collections import collections_router
 from app.api.documents import documents_router
@@ -38,13 +38,28 @@ ROUTERS = (
     search_router,
     collections_router,
 )
-KEY_IN_DESCRIPTION = Depends(HTTPBearer(auto_error=False, description="A key of `cleave keys create`."))
-"""Refuses nothing: `Authentication` does, before any route is chosen."""
+
+
+class API(FastAPI):
+    """An application whose description says of each route whether it needs a key."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe the routes."""
+        if self.openapi_schema is None:
+            described = super().openapi()
+            schemes = described.setdefault("components", {}).setdefault("securitySchemes", {})
+            schemes["key"] = {"type": "http", "scheme": "bearer", "description": "A key of `cleave keys create`."}
+            for path, operations in described["paths"].items():
+                for operation in operations.values():
+                    if not is_open(path):
+                        operation["security"] = [{"key": []}]
+            self.openapi_schema = described
+        return self.openapi_schema
 
 
 def create_api(services: Services) -> FastAPI:
-    """Build the application; it holds no state of its own."""
-    api = FastAPI(
+    """Build the application. Its own state is what it has read of the keys, and the rates that it counts."""
+    api = API(
         title="Cleave",
         version=version("cleave"),
         description="Answers from your own writing, with citations. The chat routes speak OpenAI's API.",
@@ -62,7 +77,7 @@ def create_api(services: Services) -> FastAPI:
         GuardedRetriever(services.retriever), GuardedLLM(services.llm, rates), GuardedIngestions(services.ingestions)
     )
     for router in ROUTERS:
-        api.include_router(router(guarded), dependencies=[KEY_IN_DESCRIPTION])
+        api.include_router(router(guarded))
     api.mount("/web", StaticFiles(directory=WEB), name="web")
 
     @api.get("/", include_in_schema=False)

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 
+from app.access import caller
 from app.api.ingestions import ingestion_body
 from app.api.multipart import receive_form
 from app.api.schemas import DocumentBody, DocumentsBody, InCollection
@@ -71,6 +72,8 @@ def uploads_router(services: Services) -> APIRouter:
 
         Each is reported by itself: `created`, `updated`, `unchanged` or `failed` with the reason.
         """
+        # Before the body is read, and also where nothing in it can be ingested.
+        collection = caller.get().writable(collection)
         content_type = request.headers.get("content-type", "").lower()
         is_form = content_type.startswith("multipart/form-data")
         if not is_form and not content_type.startswith("application/json"):
