@@ -229,6 +229,8 @@ def test_a_refusal_of_json_has_its_own_field(json_client: openai.OpenAI) -> None
     completion = json_client.chat.completions.parse(model="cleave", messages=asking(OFF_TOPIC), response_format=Outage)
     message = completion.choices[0].message
     assert (message.content, message.refusal, message.parsed) == (None, REFUSAL, None)
+    conversation = [*asking(OFF_TOPIC), message.to_dict(), *asking()]
+    json_client.chat.completions.create(model="cleave", messages=conversation)
     with json_client.chat.completions.stream(
         model="cleave", messages=asking(OFF_TOPIC), response_format=Outage
     ) as stream:

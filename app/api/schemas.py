@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import Query
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from app.domain import Dialect, JSONFormat, Message, Ranking, SamplingParams
@@ -74,6 +82,14 @@ class WireMessage(Wire):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_refusal(cls, message: Any) -> Any:
+        """Take the words of a refusal that a client sends back, which stand in a field of their own."""
+        if isinstance(message, dict) and message.get("content") is None and message.get("refusal"):
+            return {**message, "content": message["refusal"]}
+        return message
 
     def to_domain(self) -> Message:
         """Join the parts to one text."""
