@@ -19,22 +19,12 @@ Send: TypeAlias = Callable[[RunningService], Exchange]
 TIMEOUT_S = 180.0
 NUM_ATTEMPTS = 3
 LATE = ("llm_timeout", "llm_unavailable")
-TIMES = {
-    "created",
-    "created_at",
-    "started_at",
-    "finished_at",
-    "ingested_at",
-    "updated_at",
-    "verified_at",
-    "kv_cache_usage",
-}
+EVENTS = ("created_at", "started_at", "finished_at", "ingested_at", "updated_at", "verified_at")
+TIMES = {"created", "kv_cache_usage", *EVENTS}
 """Keys of a body whose values depend on time."""
 TRANSPORT = {"content-length", "date", "openai-processing-ms"}
 """Headers that do; the length is that of a body with times."""
-GIVEN_ID = re.compile(
-    r"chatcmpl-[0-9a-f]{32}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}|ing_[0-9a-f]{24}"
-)
+GIVEN_ID = re.compile(r"chatcmpl-[0-9a-f]{32}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}|ing_\w{24}")
 
 
 @dataclass(frozen=True, slots=True)

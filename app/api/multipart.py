@@ -15,7 +15,7 @@ MAX_FIELDS = 100
 MAX_FIELD_BYTES = 2**20
 BLOCK_BYTES = 2**20
 """Gathered before it is parsed and written, in one call to a thread."""
-BROKEN = HTTPException(400, "the form is broken: send multipart/form-data as an HTTP client writes it")
+BROKEN = "the form is broken: send multipart/form-data as an HTTP client writes it"
 
 
 async def receive_form(content_type: str, body: AsyncIterator[bytes], writer: UploadWriter) -> dict[str, str]:
@@ -70,14 +70,14 @@ class _Form:
                 },
             )
         except FormParserError as error:
-            raise BROKEN from error
+            raise HTTPException(400, BROKEN) from error
 
     def feed(self, block: bytes) -> None:
         """Take the next piece. Blocks."""
         try:
             self._parser.write(block)
         except FormParserError as error:
-            raise BROKEN from error
+            raise HTTPException(400, BROKEN) from error
 
     def end(self) -> dict[str, str]:
         """Check that the form is whole, and give its fields."""
@@ -102,7 +102,7 @@ class _Form:
     def _end_headers(self) -> None:
         _, options = parse_options_header(self._disposition)
         if b"name" not in options:
-            raise BROKEN
+            raise HTTPException(400, BROKEN)
         self._name = options[b"name"].decode(errors="replace")
         self._is_file = self._name == "files" and b"filename" in options
         self._field = None
