@@ -18,6 +18,7 @@ from tests.transcript import (
     chunks_of,
     declared_only,
     exchange_of,
+    in_background,
     leaving,
     normalised,
     record,
@@ -44,8 +45,10 @@ NOT_ASKED_FOR = {
     "unavailable",
     "internal_error",
     "configuration_error",
+    "too_slow",
+    "storage_full",
 }
-"""Errors of the README's table that no single request causes in a service that is well."""
+"""Errors of the README's table that no single quick request causes in a service that is well."""
 
 OUTAGE = "How long did the Reading Room outage on 14 October 2025 last?"
 QUESTIONS = [
@@ -298,6 +301,17 @@ REQUESTS: dict[str, Request] = {
     "search-elsewhere": post("/v1/search", {"query": HERONS, "collection": "elsewhere"}, holds=("3 May",)),
     "search-here": post("/v1/search", {"query": HERONS, "top_k": 1}),
     "read-elsewhere": get(f"{HERON_PATH}?collection=elsewhere", holds=("3 May",)),
+    "ingest-elsewhere": Request(
+        "POST",
+        "/v1/documents",
+        status=202,
+        holds=('"completed"', '"updated"', "has no text", '"is_ended": true'),
+        send=in_background(herons(5), "elsewhere"),
+    ),
+    "no-ingestion": get("/v1/ingestions/nothing", 404, "ingestion_not_found"),
+    "list-filtered": get('/v1/documents?collection=elsewhere&filters={"team": "ponds"}', holds=('"total": 1',)),
+    "read-chunk": get(f"{HERON_PATH}?collection=elsewhere&chunk=0", holds=("5 May",)),
+    "read-page": get(f"{HERON_PATH}?collection=elsewhere", holds=("<article",), headers={"Accept": "text/html"}),
     "delete-elsewhere": Request("DELETE", f"{HERON_PATH}?collection=elsewhere", holds=('"deleted": true',)),
     "drop-collection": Request("DELETE", "/v1/collections/elsewhere", holds=('"collection.deleted"',)),
     "drop-default": Request("DELETE", "/v1/collections/default", status=400, code="invalid_value"),

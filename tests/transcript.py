@@ -19,11 +19,12 @@ Send: TypeAlias = Callable[[RunningService], Exchange]
 TIMEOUT_S = 180.0
 NUM_ATTEMPTS = 3
 LATE = ("llm_timeout", "llm_unavailable")
-TIMES = {"created", "ingested_at", "updated_at", "verified_at", "kv_cache_usage"}
+EVENTS = ("created_at", "started_at", "finished_at", "ingested_at", "updated_at", "verified_at")
+TIMES = {"created", "kv_cache_usage", *EVENTS}
 """Keys of a body whose values depend on time."""
 TRANSPORT = {"content-length", "date", "openai-processing-ms"}
 """Headers that do; the length is that of a body with times."""
-GIVEN_ID = re.compile(r"chatcmpl-[0-9a-f]{32}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}")
+GIVEN_ID = re.compile(r"chatcmpl-[0-9a-f]{32}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}|ing_\w{24}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,26 @@ def declared_only(path: str, num_bytes: int) -> Send:
             return exchange_of(response.status, response.getheaders(), response.read().decode())
         finally:
             connection.close()
+
+    return send
+
+
+def in_background(documents: Mapping[str, Any], collection: str) -> Send:
+    """Have documents ingested in the background, follow that to its end, and read it."""
+
+    def send(service: RunningService) -> Exchange:
+        with httpx.Client(base_url=service.url, trust_env=False, timeout=TIMEOUT_S) as client:
+            where = {"background": True, "collection": collection}
+            accepted = client.post("/v1/documents", params=where, json=documents)
+            address = accepted.headers["location"]
+            events = client.get(f"{address}/events").text.split("\n\n")
+            body = {
+                "accepted": accepted.json(),
+                "told": [one for one in events if one.startswith("event: result")],
+                "is_ended": events[-2].startswith("event: end"),
+                "done": client.get(address).json(),
+            }
+        return {"status": accepted.status_code, "body": body}
 
     return send
 

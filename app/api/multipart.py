@@ -2,11 +2,12 @@
 
 from collections.abc import AsyncIterator
 
+from fastapi import HTTPException
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.durable import finish_in_thread
-from app.errors import InvalidRequest, TooLarge
+from app.errors import TooLarge
 from app.uploads import UploadWriter
 
 MAX_FILES = 10_000
@@ -14,14 +15,14 @@ MAX_FIELDS = 100
 MAX_FIELD_BYTES = 2**20
 BLOCK_BYTES = 2**20
 """Gathered before it is parsed and written, in one call to a thread."""
-BROKEN = "The form is broken: send multipart/form-data as an HTTP client writes it."
+BROKEN = "the form is broken: send multipart/form-data as an HTTP client writes it"
 
 
 async def receive_form(content_type: str, body: AsyncIterator[bytes], writer: UploadWriter) -> dict[str, str]:
     """Write the files of the form's field `files`; give its other fields, of which the last of a name counts.
 
     Raises:
-        InvalidRequest: it is no form, or ends too early.
+        HTTPException: it is no form, or ends too early.
         TooLarge: it has too many parts, or a field that is no file is too long.
     """
     form = _Form(_boundary(content_type), writer)
@@ -38,7 +39,7 @@ async def receive_form(content_type: str, body: AsyncIterator[bytes], writer: Up
 def _boundary(content_type: str) -> bytes:
     _, options = parse_options_header(content_type)
     if not options.get(b"boundary"):
-        raise InvalidRequest("The header Content-Type names no boundary: let your HTTP client write it.")
+        raise HTTPException(400, "the header Content-Type names no boundary: let your HTTP client write it")
     return options[b"boundary"]
 
 
@@ -69,19 +70,19 @@ class _Form:
                 },
             )
         except FormParserError as error:
-            raise InvalidRequest(BROKEN) from error
+            raise HTTPException(400, BROKEN) from error
 
     def feed(self, block: bytes) -> None:
         """Take the next piece. Blocks."""
         try:
             self._parser.write(block)
         except FormParserError as error:
-            raise InvalidRequest(BROKEN) from error
+            raise HTTPException(400, BROKEN) from error
 
     def end(self) -> dict[str, str]:
         """Check that the form is whole, and give its fields."""
         if not self._is_complete:
-            raise InvalidRequest("The form ends before its last boundary: send it again.")
+            raise HTTPException(400, "the form ends before its last boundary: send it again")
         return self._fields
 
     def _begin_part(self) -> None:
@@ -101,7 +102,7 @@ class _Form:
     def _end_headers(self) -> None:
         _, options = parse_options_header(self._disposition)
         if b"name" not in options:
-            raise InvalidRequest(BROKEN)
+            raise HTTPException(400, BROKEN)
         self._name = options[b"name"].decode(errors="replace")
         self._is_file = self._name == "files" and b"filename" in options
         self._field = None
