@@ -9,6 +9,7 @@ from app.domain import (
     CollectionInfo,
     DeletionReceipt,
     Document,
+    Facet,
     IngestReceipt,
     ReindexStatus,
     RetrieverInfo,
@@ -80,6 +81,11 @@ class LocalRetriever:
         """See `Retriever.info`."""
         async with self._reading(collection) as index:
             return await index.info()
+
+    async def facets(self, *, limit: int, collection: str | None = None) -> list[Facet]:
+        """See `Retriever.facets`."""
+        async with self._reading(collection) as index:
+            return await index.facets(limit=limit)
 
     async def collections(self) -> list[CollectionInfo]:
         """See `Retriever.collections`."""

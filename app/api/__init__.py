@@ -11,6 +11,7 @@ from app.api.chat import chat_router
 from app.api.collections import collections_router
 from app.api.documents import documents_router
 from app.api.errors import install_error_handlers
+from app.api.facets import facets_router
 from app.api.health import health_router
 from app.api.middleware import BodyLimit, RequestContext, SameOrigin
 from app.services import Services
@@ -32,6 +33,7 @@ def create_api(services: Services) -> FastAPI:
     api.include_router(health_router(services))
     api.include_router(chat_router(services))
     api.include_router(documents_router(services))
+    api.include_router(facets_router(services))
     api.include_router(collections_router(services))
     api.mount("/web", StaticFiles(directory=WEB), name="web")
 

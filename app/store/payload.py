@@ -114,6 +114,7 @@ def record_point(document: Document, num_chunks: int, write: Write) -> Point:
         "url": document.url,
         "metadata": dict(document.metadata),
         "fields": sorted(document.metadata),
+        "terms": _terms(document),
         "text": document.text,
         "content_hash": document.content_hash,
         "num_chunks": num_chunks,
@@ -138,7 +139,7 @@ def chunk_points(
         "title": document.title,
         "url": document.url,
         "metadata": dict(document.metadata),
-        "terms": [term(field, value) for field, value in document.metadata.items()],
+        "terms": _terms(document),
     }
     return [
         Point(
@@ -216,6 +217,10 @@ def term(field: str, value: Scalar) -> str:
     return f"{field}={json.dumps(value, ensure_ascii=False)}"
 
 
+def _terms(document: Document) -> list[str]:
+    return [term(field, value) for field, value in document.metadata.items()]
+
+
 def metadata_entry(keyword: str) -> tuple[str, Scalar]:
     """Read what `term` wrote: the field and the value. A field may itself hold "=" signs."""
     field, _, value = keyword.partition("=")
@@ -232,6 +237,15 @@ def values_by_field(keywords: Iterable[str]) -> Mapping[str, list[Scalar]]:
     found: dict[str, list[Scalar]] = {}
     for field, value in map(metadata_entry, keywords):
         found.setdefault(field, []).append(value)
+    return found
+
+
+def counts_by_field(hits: Iterable[tuple[str, int]]) -> Mapping[str, list[tuple[Scalar, int]]]:
+    """Group counted keywords that `term` wrote by their field, in an order that does not vary."""
+    found: dict[str, list[tuple[Scalar, int]]] = {}
+    for keyword, count in sorted(hits, key=lambda hit: (-hit[1], hit[0])):
+        field, value = metadata_entry(keyword)
+        found.setdefault(field, []).append((value, count))
     return found
 
 
