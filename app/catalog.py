@@ -6,10 +6,12 @@ from contextlib import asynccontextmanager
 
 from app.collection import POLL_S, Collection, IndexBuilder, to_the_end
 from app.domain import (
+    Chunk,
     CollectionInfo,
     DeletionReceipt,
     Document,
     Facet,
+    Filters,
     IngestReceipt,
     ReindexStatus,
     RetrieverInfo,
@@ -20,7 +22,7 @@ from app.domain import (
 from app.errors import CollectionNotFound, InvalidRequest
 from app.retrieval import Index
 from app.settings import IndexSettings
-from app.store import Database
+from app.store import NO_FILTERS, Database
 from app.telemetry import logger
 
 
@@ -61,16 +63,33 @@ class LocalRetriever:
             return await index.ingest(documents)
 
     async def documents(
-        self, *, after: str | None = None, limit: int = 100, collection: str | None = None
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        filters: Filters = NO_FILTERS,
+        collection: str | None = None,
     ) -> list[StoredDocument]:
         """See `Retriever.documents`."""
         async with self._reading(collection) as index:
-            return await index.documents(after=after, limit=limit)
+            return await index.documents(after=after, limit=limit, filters=filters)
+
+    async def num_documents(self, filters: Filters, *, collection: str | None = None) -> int:
+        """See `Retriever.num_documents`."""
+        async with self._reading(collection) as index:
+            return await index.num_documents(filters)
 
     async def document(self, document_id: str, *, collection: str | None = None) -> tuple[StoredDocument, str]:
         """See `Retriever.document`."""
         async with self._reading(collection) as index:
             return await index.document(document_id)
+
+    async def chunks(
+        self, document_id: str, *, version: int, only: int | None = None, collection: str | None = None
+    ) -> list[Chunk] | None:
+        """See `Retriever.chunks`."""
+        async with self._reading(collection) as index:
+            return await index.chunks(document_id, version=version, only=only)
 
     async def delete(self, document_id: str, *, collection: str | None = None) -> DeletionReceipt:
         """See `Retriever.delete`."""

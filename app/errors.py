@@ -7,11 +7,13 @@ CleaveError
  |   +- UnknownFilter         400
  |   +- UnreadableFile        400
  |   +- TooLarge              413
+ |   +- TooSlow               408
  |   +- CrossOrigin           403
  +- NotFound                  404
  |   +- ModelNotFound         404
  |   +- DocumentNotFound      404
  |   +- CollectionNotFound    404
+ |   +- IngestionNotFound     404
  +- Unavailable               503  try again; `retry_after_s` says when
  |   +- LLMUnavailable        503
  |   |   +- LLMCold           503
@@ -20,6 +22,7 @@ CleaveError
  |   +- Overloaded            429
  +- WriteConflict             409  others write the same document all the time
  +- DeletionFailed            500  a deleted document is still found
+ +- StorageFull               507  the disk has no room for an upload
  +- DeadlineExceeded          504
  +- ConfigurationError        500  the service does not start; the message says what to change
 
@@ -81,6 +84,13 @@ class TooLarge(InvalidRequest):
     code = "too_large"
 
 
+class TooSlow(InvalidRequest):
+    """A body that comes slower than anybody's connection is."""
+
+    status = 408
+    code = "too_slow"
+
+
 class CrossOrigin(InvalidRequest):
     """A change asked for by a web page of another site."""
 
@@ -112,6 +122,12 @@ class CollectionNotFound(NotFound):
     """A collection that the service does not hold."""
 
     code = "collection_not_found"
+
+
+class IngestionNotFound(NotFound):
+    """An ingestion that this process does not know of."""
+
+    code = "ingestion_not_found"
 
 
 class Unavailable(CleaveError):
@@ -165,6 +181,13 @@ class DeletionFailed(CleaveError):
     """A query still finds chunks of a document that was removed."""
 
     code = "deletion_failed"
+
+
+class StorageFull(CleaveError):
+    """The disk has no room for an upload."""
+
+    status = 507
+    code = "storage_full"
 
 
 class DeadlineExceeded(CleaveError):

@@ -85,6 +85,12 @@ def load_file(
     return iter([_document(document_id or _clean(name), page, text, fallback_title, metadata)])
 
 
+def too_large(name: str, num_bytes: int, max_bytes: int) -> TooLarge:
+    """Say that a file is over the limit."""
+    size, limit = num_bytes / 2**20, max_bytes / 2**20
+    return TooLarge(f"{name}: has {size:.1f} MiB, the limit is {limit:.1f} MiB: split it", param="file")
+
+
 def walk(folder: Path) -> Iterator[tuple[Path, Path]]:
     """Find the files below a folder, in order, with their path from the folder's name downwards; hidden ones not."""
     folder = folder.resolve()
@@ -221,8 +227,7 @@ def _check(name: str, suffix: str, content: bytes, max_bytes: int) -> None:
     if suffix != JSONL and suffix not in READERS:
         raise _ReadError(f"unknown kind of file; known are {', '.join(SUFFIXES)}")
     if len(content) > max_bytes:
-        size, limit = len(content) / 2**20, max_bytes / 2**20
-        raise TooLarge(f"{_one_line(name)}: has {size:.1f} MiB, the limit is {limit:.1f} MiB: split it", param="file")
+        raise too_large(_one_line(name), len(content), max_bytes)
     if not content.strip():
         raise _ReadError("is empty")
 

@@ -8,6 +8,7 @@ from typing import Protocol
 from app.chunking import sentences
 from app.deletion import delete
 from app.domain import (
+    Chunk,
     CollectionInfo,
     DeletionReceipt,
     Document,
@@ -31,7 +32,7 @@ from app.reranking import Reranker
 from app.selection import POOL_FACTOR, choose, without_duplicates
 from app.self_query import MetadataIndex
 from app.settings import IndexSettings, RetrievalSettings
-from app.store import Store
+from app.store import NO_FILTERS, Store
 from app.telemetry import Stopwatch
 
 MAX_CACHED_PASSAGES = 4096
@@ -62,13 +63,31 @@ class Retriever(Protocol):
         ...
 
     async def documents(
-        self, *, after: str | None = None, limit: int = 100, collection: str | None = None
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        filters: Filters = NO_FILTERS,
+        collection: str | None = None,
     ) -> list[StoredDocument]:
-        """List a page of documents in a stable order, starting behind the id `after`."""
+        """List a page of the documents that match, in a stable order, starting behind the id `after`.
+
+        Raises `UnknownFilter` for a field that no document has.
+        """
+        ...
+
+    async def num_documents(self, filters: Filters, *, collection: str | None = None) -> int:
+        """Count the documents that match. Raises `UnknownFilter`."""
         ...
 
     async def document(self, document_id: str, *, collection: str | None = None) -> tuple[StoredDocument, str]:
         """Read one document with its text. Raises `DocumentNotFound`."""
+        ...
+
+    async def chunks(
+        self, document_id: str, *, version: int, only: int | None = None, collection: str | None = None
+    ) -> list[Chunk] | None:
+        """Read the chunks of this version of a document, or `only` one by its index; None when it has gone by."""
         ...
 
     async def delete(self, document_id: str, *, collection: str | None = None) -> DeletionReceipt:
@@ -143,7 +162,7 @@ class Index:
     async def search(self, query: SearchQuery) -> SearchResult:
         """Embed the question, search and fuse both lists, rerank, choose passages, score the best ones' sentences."""
         watch = Stopwatch()
-        await self._check_filters(query)
+        await self._check_filters(query.filters)
         recognised, text = await self._recognise(query)
         filters = {**query.filters, **recognised}
         with watch.stage("embed"):
@@ -177,9 +196,17 @@ class Index:
         finally:
             self._metadata.expire()
 
-    async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
-        """List a page of documents."""
-        return await self._store.documents(after=after, limit=limit)
+    async def documents(
+        self, *, after: str | None = None, limit: int = 100, filters: Filters = NO_FILTERS
+    ) -> list[StoredDocument]:
+        """List a page of documents. Raises `UnknownFilter`."""
+        await self._check_filters(filters)
+        return await self._store.documents(after=after, limit=limit, filters=filters)
+
+    async def num_documents(self, filters: Filters) -> int:
+        """Count the documents that match. Raises `UnknownFilter`."""
+        await self._check_filters(filters)
+        return await self._store.num_documents(filters)
 
     async def document(self, document_id: str) -> tuple[StoredDocument, str]:
         """Read one document with its text. Raises `DocumentNotFound`."""
@@ -187,6 +214,10 @@ class Index:
         if found is None:
             raise _not_found(document_id)
         return found
+
+    async def chunks(self, document_id: str, *, version: int, only: int | None = None) -> list[Chunk] | None:
+        """Read the chunks of this version of a document, or `only` one; None when it has gone by."""
+        return await self._store.chunks(document_id, version=version, only=only)
 
     async def delete(self, document_id: str) -> DeletionReceipt:
         """Remove a document and all its chunks, proved by queries. Raises `DocumentNotFound` or `DeletionFailed`."""
@@ -221,11 +252,11 @@ class Index:
         only = {"dense": (1.0, 0.0), "bm25": (0.0, 1.0)}
         return only.get(ranking, (self._settings.dense_weight, self._settings.sparse_weight))
 
-    async def _check_filters(self, query: SearchQuery) -> None:
-        if not query.filters:
+    async def _check_filters(self, filters: Filters) -> None:
+        if not filters:
             return
         known = await self._store.filter_fields()
-        unknown = sorted(set(query.filters) - set(known))
+        unknown = sorted(set(filters) - set(known))
         if unknown:
             raise UnknownFilter(
                 f"No document has the field {unknown[0]!r}. Fields that can be filtered: {', '.join(known) or 'none'}.",

@@ -13,6 +13,7 @@ from app.chat import ChatService
 from app.collection import IndexBuilder
 from app.domain import Document, Grounding
 from app.errors import CollectionMismatch, ConfigurationError
+from app.ingestion_jobs import IngestionJobs
 from app.llm import LLM
 from app.llm.openai_http import OpenAIEngine, check_url
 from app.loaders import SUFFIXES, load_file, walk
@@ -32,9 +33,11 @@ class Services:
     retriever: Retriever
     llm: LLM
     chat: ChatService
+    ingestions: IngestionJobs
 
     async def close(self) -> None:
         """Stop what runs in this process."""
+        await self.ingestions.close()
         await self.llm.close()
         await self.retriever.close()
 
@@ -52,7 +55,9 @@ async def build_services(
         settings=settings.answer,
         planning=decide_planning(settings, device),
     )
-    return Services(settings, retriever, llm, chat)
+    ingestions = IngestionJobs(settings.data_dir, retriever, settings.api)
+    ingestions.start()
+    return Services(settings, retriever, llm, chat, ingestions)
 
 
 async def build_retriever(settings: Settings) -> LocalRetriever:

@@ -142,8 +142,10 @@ class AnswerSettings(Branch):
 class APISettings(Branch):
     """Limits of the HTTP border."""
 
-    max_file_bytes: int = Field(25 * 2**20, ge=1)
-    max_body_bytes: int = Field(100 * 2**20, ge=1)
+    max_file_bytes: int = Field(25 * 2**20, ge=1, description="of one uploaded file")
+    max_body_bytes: int = Field(32 * 2**20, ge=1, description="of a request that is held in memory: all but uploads")
+    max_upload_bytes: int = Field(10 * 2**30, ge=1, description="of an upload of files, which goes to disk as it comes")
+    min_free_bytes: int = Field(2**30, ge=0, description="of disk under data_dir that uploads leave alone")
 
 
 class LoggingSettings(Branch):

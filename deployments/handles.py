@@ -13,11 +13,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from app.domain import (
+    Chunk,
     CollectionInfo,
     DeletionReceipt,
     Delta,
     Document,
     Facet,
+    Filters,
     GenerationRequest,
     IngestReceipt,
     ModelInfo,
@@ -29,6 +31,7 @@ from app.domain import (
 )
 from app.errors import CleaveError, LLMCold, LLMUnavailable, Overloaded, RetrieverUnavailable, Unavailable
 from app.settings import IndexSettings
+from app.store import NO_FILTERS
 from app.telemetry import logger
 from deployments.tier import MAX_AGE_S, Tier
 
@@ -55,15 +58,31 @@ class RetrieverHandle:
         return cast(list[IngestReceipt], await self._call("ingest", documents, collection=collection))
 
     async def documents(
-        self, *, after: str | None = None, limit: int = 100, collection: str | None = None
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        filters: Filters = NO_FILTERS,
+        collection: str | None = None,
     ) -> list[StoredDocument]:
         """See `Retriever.documents`."""
-        found = await self._call("documents", after=after, limit=limit, collection=collection)
+        found = await self._call("documents", after=after, limit=limit, filters=filters, collection=collection)
         return cast(list[StoredDocument], found)
+
+    async def num_documents(self, filters: Filters, *, collection: str | None = None) -> int:
+        """See `Retriever.num_documents`."""
+        return cast(int, await self._call("num_documents", filters, collection=collection))
 
     async def document(self, document_id: str, *, collection: str | None = None) -> tuple[StoredDocument, str]:
         """See `Retriever.document`."""
         return cast(tuple[StoredDocument, str], await self._call("document", document_id, collection=collection))
+
+    async def chunks(
+        self, document_id: str, *, version: int, only: int | None = None, collection: str | None = None
+    ) -> list[Chunk] | None:
+        """See `Retriever.chunks`."""
+        found = await self._call("chunks", document_id, version=version, only=only, collection=collection)
+        return cast(list[Chunk] | None, found)
 
     async def delete(self, document_id: str, *, collection: str | None = None) -> DeletionReceipt:
         """See `Retriever.delete`."""

@@ -7,10 +7,12 @@ from ray import serve
 
 from app.config import check_single_owner
 from app.domain import (
+    Chunk,
     CollectionInfo,
     DeletionReceipt,
     Document,
     Facet,
+    Filters,
     IngestReceipt,
     ReindexStatus,
     RetrieverInfo,
@@ -50,13 +52,25 @@ class Retriever:
         """Write documents."""
         return await self._retriever.ingest(documents, collection=collection)
 
-    async def documents(self, *, after: str | None, limit: int, collection: str | None) -> list[StoredDocument]:
+    async def documents(
+        self, *, after: str | None, limit: int, filters: Filters, collection: str | None
+    ) -> list[StoredDocument]:
         """List documents."""
-        return await self._retriever.documents(after=after, limit=limit, collection=collection)
+        return await self._retriever.documents(after=after, limit=limit, filters=filters, collection=collection)
+
+    async def num_documents(self, filters: Filters, *, collection: str | None) -> int:
+        """Count documents."""
+        return await self._retriever.num_documents(filters, collection=collection)
 
     async def document(self, document_id: str, *, collection: str | None) -> tuple[StoredDocument, str]:
         """Read one document."""
         return await self._retriever.document(document_id, collection=collection)
+
+    async def chunks(
+        self, document_id: str, *, version: int, only: int | None, collection: str | None
+    ) -> list[Chunk] | None:
+        """Read the chunks of one document."""
+        return await self._retriever.chunks(document_id, version=version, only=only, collection=collection)
 
     async def delete(self, document_id: str, *, collection: str | None) -> DeletionReceipt:
         """Remove one document."""

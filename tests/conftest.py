@@ -73,10 +73,13 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def live_service() -> Iterator[str]:
+def live_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Serve the sample articles at the URL that is given. Tests that add documents take ids of their own."""
     settings = Settings(
-        seed=ARTICLES, store=StoreSettings(kind="memory"), llm=LLMSettings(engine="extractive"), data_dir=Path("unused")
+        seed=ARTICLES,
+        store=StoreSettings(kind="memory"),
+        llm=LLMSettings(engine="extractive"),
+        data_dir=tmp_path_factory.mktemp("live-service"),
     )
     service = ServiceThread(settings)
     service.start()

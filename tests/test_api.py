@@ -5,9 +5,11 @@ import io
 import json
 import re
 import socket
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -29,6 +31,7 @@ from app.catalog import LocalRetriever
 from app.chat import REFUSAL, ChatService
 from app.domain import Document, Grounding, RetrieverInfo, SearchQuery, SearchResult
 from app.errors import ContextTooLong, DeadlineExceeded, LLMUnavailable, Overloaded, RetrieverUnavailable
+from app.ingestion_jobs import IngestionJobs
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
 from app.retrieval import Retriever
@@ -38,7 +41,10 @@ from tests.scripted_llm import ScriptedLLM
 
 in_one_loop = pytest.mark.asyncio(loop_scope="module")
 
-SETTINGS = Settings(store=StoreSettings(kind="memory"), api=APISettings(max_file_bytes=20_000, max_body_bytes=50_000))
+SETTINGS = Settings(
+    store=StoreSettings(kind="memory"),
+    api=APISettings(max_file_bytes=20_000, max_body_bytes=50_000, max_upload_bytes=50_000),
+)
 QUESTION = "How long did the Reading Room outage last?"
 FACT = "The Reading Room outage lasted 52 minutes."
 SUPPORTED = "The outage lasted 52 minutes."
@@ -49,6 +55,7 @@ DOCUMENTS = [
     Document("cache #1?.md", "KV cache", "The cache of the larger model takes 40 GB.", metadata={"author": "Teodor"}),
 ]
 JSON = {"content-type": "application/json"}
+UPLOADS = tempfile.TemporaryDirectory(prefix="cleave-uploads-")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -61,7 +68,8 @@ async def retriever() -> AsyncIterator[LocalRetriever]:
 
 def api_of(retriever: Retriever, llm: LLM, grounding: Grounding = "gate") -> FastAPI:
     chat = ChatService(retriever, llm, grounding=grounding, settings=SETTINGS.answer)
-    return create_api(Services(SETTINGS, retriever, llm, chat))
+    ingestions = IngestionJobs(Path(UPLOADS.name), retriever, SETTINGS.api)
+    return create_api(Services(SETTINGS, retriever, llm, chat, ingestions))
 
 
 def client_of(retriever: Retriever, llm: LLM, grounding: Grounding = "gate") -> httpx.AsyncClient:
@@ -884,8 +892,8 @@ async def test_a_document_is_found_under_any_id(client: httpx.AsyncClient, docum
 async def test_files_are_taken_in_a_few_at_a_time_and_not_without_end(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.api.documents.MAX_CHARACTERS_AT_ONCE", 20)
-    monkeypatch.setattr("app.api.documents.MAX_DOCUMENTS_PER_REQUEST", 4)
+    monkeypatch.setattr("app.uploads.MAX_CHARACTERS_AT_ONCE", 20)
+    monkeypatch.setattr("app.api.uploads.MAX_DOCUMENTS_PER_REQUEST", 4)
     lines = [json.dumps({"id": f"few-{n}", "text": f"Line {n} of some."}) for n in (2, 3, 4, 5)]
     contents = {"few-0.md": "The first.", "broken.pdf": "?", "few-1.md": "", "c.jsonl": "\n".join(lines), "e.md": "E."}
     upload = [("files", (name, content.encode())) for name, content in contents.items()]
@@ -1096,6 +1104,11 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
         ("/v1/models", "get"),
         ("/v1/documents", "post"),
         ("/v1/documents", "get"),
+        ("/v1/documents", "delete"),
+        ("/v1/ingestions", "get"),
+        ("/v1/ingestions/{ingestion_id}", "get"),
+        ("/v1/ingestions/{ingestion_id}/events", "get"),
+        ("/v1/ingestions/{ingestion_id}/cancel", "post"),
         ("/v1/documents/{document_id}", "get"),
         ("/v1/documents/{document_id}", "delete"),
         ("/v1/search", "post"),

@@ -13,7 +13,7 @@ APP = Path(__file__).parent.parent / "app"
 LAYERS = [
     {"domain", "errors", "placement"},
     {"settings"},
-    {"telemetry", "config", "dashboard"},
+    {"telemetry", "config", "dashboard", "durable"},
     {
         "loaders",
         "chunking",
@@ -28,9 +28,9 @@ LAYERS = [
     {"prompts", "grounding", "known_items"},
     {"gate", "answerability", "models", "sizing", "acceleration"},
     {"embedding", "store", "llm"},
-    {"planning", "query_encoding", "ingestion", "deletion", "reranking"},
+    {"planning", "query_encoding", "ingestion", "deletion", "reranking", "uploads"},
     {"retrieval"},
-    {"reindexing", "chat"},
+    {"reindexing", "chat", "ingestion_jobs"},
     {"collection"},
     {"catalog"},
     {"services"},

@@ -283,6 +283,35 @@ async def test_all_filters_must_match(store: Store) -> None:
     assert await store.filter_fields() == ("lang", "year")
 
 
+async def test_a_list_of_documents_is_filtered_and_counted_as_a_search_is(store: Store) -> None:
+    for number in range(7):
+        await put(store, f"d{number}", "text", parity=number % 2, number=number)
+    await put(store, "blank", parity=1)
+    await put(store, "d1", "text", parity="odd")
+    odd = {"blank", "d3", "d5"}
+    assert {stored.id for stored in await store.documents(filters={"parity": 1})} == odd
+    seen: list[str] = []
+    while page := await store.documents(after=seen[-1] if seen else None, limit=2, filters={"parity": 1}):
+        seen += [stored.id for stored in page]
+    assert sorted(seen) == sorted(odd)
+    assert await store.num_documents({"parity": 1}) == 3
+    assert await store.num_documents({"parity": [1, "odd"], "number": [1, 3]}) == 1
+    assert await store.num_documents({"parity": 2}) == 0
+    assert await store.num_documents({}) == 8
+
+
+async def test_the_chunks_of_a_version_are_read_in_order_and_of_no_other(store: Store) -> None:
+    for size, version in ((1100, 1), (3, 2)):
+        document, chunks = essay("a", size, f"v{version}")
+        await store.put(document, chunks)
+        assert await store.chunks("a", version=version) == [encoded.chunk for encoded in chunks]
+        assert await store.chunks("a", version=version, only=2) == [chunks[2].chunk]
+        assert await store.chunks("a", version=version, only=size) == []
+        assert await store.chunks("a", version=3 - version) is None
+    await delete(store, "a")
+    assert await store.chunks("a", version=2) is None
+
+
 async def test_a_filter_reaches_what_better_hits_would_crowd_out(store: Store) -> None:
     for number in range(30):
         await put(store, f"near {number}", "fox", lang="en")

@@ -13,7 +13,10 @@ from app.api.documents import documents_router
 from app.api.errors import install_error_handlers
 from app.api.facets import facets_router
 from app.api.health import health_router
+from app.api.ingestions import ingestions_router
 from app.api.middleware import BodyLimit, RequestContext, SameOrigin
+from app.api.search import search_router
+from app.api.uploads import uploads_router
 from app.services import Services
 
 WEB = Path(__file__).parent.parent / "web"
@@ -26,14 +29,18 @@ def create_api(services: Services) -> FastAPI:
         version=version("cleave"),
         description="Answers from your own writing, with citations. The chat routes speak OpenAI's API.",
     )
-    api.add_middleware(BodyLimit, max_bytes=services.settings.api.max_body_bytes)
+    limits = services.settings.api
+    api.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
     api.add_middleware(SameOrigin)
     api.add_middleware(RequestContext)
     install_error_handlers(api)
     api.include_router(health_router(services))
     api.include_router(chat_router(services))
+    api.include_router(uploads_router(services))
     api.include_router(documents_router(services))
     api.include_router(facets_router(services))
+    api.include_router(ingestions_router(services))
+    api.include_router(search_router(services))
     api.include_router(collections_router(services))
     api.mount("/web", StaticFiles(directory=WEB), name="web")
 

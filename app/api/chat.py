@@ -52,6 +52,7 @@ def chat_router(services: Services) -> APIRouter:
         writer = CompletionWriter(
             model=body.model,
             base_url=str(request.base_url),
+            collection=body.rag.collection,
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
         )
         if not body.stream:

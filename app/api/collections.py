@@ -5,8 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from app.api.documents import InCollection
-from app.api.schemas import CollectionName
+from app.api.schemas import CollectionName, InCollection
 from app.domain import ReindexStatus
 from app.services import Services
 from app.settings import IndexSettings

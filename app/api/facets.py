@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Query
 
-from app.api.documents import InCollection
+from app.api.schemas import InCollection
 from app.domain import Facet
 from app.services import Services
 

@@ -1,13 +1,15 @@
 """What wraps every request: its id, its log line, and the limit of its body. Pure ASGI, so streams pass untouched."""
 
+import asyncio
 import re
 import time
 import uuid
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response, internal_error
-from app.errors import CrossOrigin, TooLarge
+from app.errors import CrossOrigin, TooLarge, TooSlow
 from app.telemetry import logger, request_id
 
 ACCEPTED_ID = re.compile(r"[\w.:-]{1,128}")
@@ -20,6 +22,12 @@ SECURITY_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
 ]
 PAGES_WITH_OWN_POLICY = frozenset({"/docs", "/redoc"})
+
+
+UPLOAD = ("POST", "/v1/documents")
+SLOW_BODY_GRACE_S = 30.0
+SLOWEST_BODY_BYTES_PER_S = 8192
+"""On average, beyond the grace: so a client that sends a byte now and then holds nothing for long."""
 
 
 class RequestContext:
@@ -96,30 +104,80 @@ class SameOrigin:
 
 
 class BodyLimit:
-    """Refuses a body over the limit: at once by its declared length, else when it grows over it."""
+    """Refuses a body over the limit, at once by its declared length or when it grows over it, and one that is too slow.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    A form of files goes to disk as it comes, and may be longer than what is held in memory.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_upload_bytes = max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        declared = dict(scope.get("headers", [])).get(b"content-length", b"0")
-        if scope["type"] == "http" and declared.isdigit() and int(declared) > self._max_bytes:
-            error = self._error()
-            await error_response(error)(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
-        num_received = 0
+        headers = dict(scope["headers"])
+        body = _LimitedBody(receive, self._max_upload_bytes if _is_upload(scope, headers) else self._max_bytes)
 
-        async def limited_receive() -> Message:
-            nonlocal num_received
-            message = await receive()
-            num_received += len(message.get("body", b""))
-            if num_received > self._max_bytes:
-                raise self._error()
-            return message
+        async def send_and_close(message: Message) -> None:
+            if body.is_refused and message["type"] == "http.response.start":
+                # Nobody reads the rest, so the connection cannot serve another request.
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
 
-        await self._app(scope, limited_receive, send)
+        declared = headers.get(b"content-length", b"0")
+        try:
+            if declared.isdigit():
+                body.check_length(int(declared))
+        except TooLarge as error:
+            await error_response(error)(scope, receive, send_and_close)
+            return
+        await self._app(scope, body.receive, send_and_close)
 
-    def _error(self) -> TooLarge:
-        return TooLarge(f"The body is over the limit of {self._max_bytes} bytes. Send less at once.")
+
+class _LimitedBody:
+    """The body of one request on its way in."""
+
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._num_received = 0
+        self._waited_s = 0.0
+        self._is_complete = False
+        self.is_refused = False
+
+    async def receive(self) -> Message:
+        """Pass on the next piece. Raises `TooLarge` and `TooSlow`."""
+        if self._is_complete:
+            return await self._receive()
+        # Only the waiting counts, not what is done with the pieces.
+        left_s = SLOW_BODY_GRACE_S + self._num_received / SLOWEST_BODY_BYTES_PER_S - self._waited_s
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(left_s):
+                message = await self._receive()
+        except TimeoutError:
+            self.is_refused = True
+            raise TooSlow(
+                f"The body came too slowly: after {SLOW_BODY_GRACE_S:g} s it must have come with "
+                f"{SLOWEST_BODY_BYTES_PER_S} bytes a second. Send it again over a better connection."
+            ) from None
+        self._waited_s += time.monotonic() - started
+        self._num_received += len(message.get("body", b""))
+        self._is_complete = not message.get("more_body", False)
+        self.check_length(self._num_received)
+        return message
+
+    def check_length(self, num_bytes: int) -> None:
+        """Refuse a longer body than is allowed."""
+        if num_bytes > self._max_bytes:
+            self.is_refused = True
+            raise TooLarge(f"The body is over the limit of {self._max_bytes} bytes. Send less at once.")
+
+
+def _is_upload(scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
+    is_form = headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data")
+    return is_form and (scope["method"], scope["path"]) == UPLOAD

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any, Literal, TypeAlias
 
+from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError
 
@@ -29,6 +30,7 @@ Text: TypeAlias = Annotated[str, Field(max_length=2_000_000)]
 Name: TypeAlias = Annotated[str, Field(max_length=1_000)]
 StopText: TypeAlias = Annotated[str, Field(min_length=1, max_length=1_000)]
 CollectionName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+InCollection: TypeAlias = Annotated[CollectionName | None, Query(description="default: the configured one")]
 Value: TypeAlias = Annotated[Text | int | float | bool, _one_error("a text, a finite number or a boolean")]
 Wanted: TypeAlias = Annotated[Value | list[Value], _one_error("a text, a finite number, a boolean, or a list of them")]
 

@@ -22,9 +22,12 @@ HEARTBEAT_S = 10.0
 class CompletionWriter:
     """Writes one answer in OpenAI's shapes; ids, time and model are the same in all of its chunks."""
 
-    def __init__(self, *, model: str, base_url: str, include_usage: bool = False) -> None:
+    def __init__(
+        self, *, model: str, base_url: str, collection: str | None = None, include_usage: bool = False
+    ) -> None:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._base_url = base_url.rstrip("/")
+        self._collection = collection
         self._include_usage = include_usage
         self._sources: Sequence[Passage] = ()
         self._rag: dict[str, Any] = {}
@@ -131,7 +134,16 @@ class CompletionWriter:
         """Every passage has an address that resolves: its own, or that of its document here."""
         if passage.url.startswith(("http://", "https://")):
             return passage.url
-        return f"{self._base_url}/v1/documents/{quote(passage.document_id)}#{passage.chunk_id.rpartition('#')[2]}"
+        chunk = passage.chunk_id.rpartition("#")[2]
+        return f"{self._base_url}{document_path(passage.document_id, self._collection)}#{chunk}"
+
+
+def document_path(document_id: str, collection: str | None = None) -> str:
+    """Give the path of a document in this API, which leads to it whatever its id is."""
+    # A browser would take the segments "." and ".." for steps, so that there the slash must not look like one.
+    has_steps = not {".", ".."}.isdisjoint(document_id.split("/"))
+    query = "" if collection is None else f"?collection={collection}"
+    return f"/v1/documents/{quote(document_id, safe='' if has_steps else '/')}{query}"
 
 
 def source(passage: Passage) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from app.domain import Document, EncodedChunk, Filters, Passage, Scalar, StoredDocument
+from app.domain import Chunk, Document, EncodedChunk, Filters, Passage, Scalar, StoredDocument
+
+NO_FILTERS: Filters = {}
 
 Manifest = Mapping[str, str | int | float | bool | None]
 """What a collection was written with: text format, chunker, encoder, sparse settings, prompts."""
@@ -83,12 +85,25 @@ class Store(Protocol):
         """
         ...
 
-    async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
-        """A page of documents in a stable order, starting behind the document id `after`."""
+    async def documents(
+        self, *, after: str | None = None, limit: int = 100, filters: Filters = NO_FILTERS
+    ) -> list[StoredDocument]:
+        """A page of the documents that match, in a stable order, starting behind the document id `after`."""
+        ...
+
+    async def num_documents(self, filters: Filters) -> int:
+        """The number of documents that match, exact."""
         ...
 
     async def document(self, document_id: str) -> tuple[StoredDocument, str] | None:
         """One document and its whole text, or None."""
+        ...
+
+    async def chunks(self, document_id: str, *, version: int, only: int | None = None) -> list[Chunk] | None:
+        """All chunks of this version of a document in order, or `only` one by its index.
+
+        None when the document is gone or stands in another version by now.
+        """
         ...
 
     async def locate(self, document_id: str) -> Located | None:

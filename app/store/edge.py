@@ -9,7 +9,6 @@ the folder is opened.
 import asyncio
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -24,9 +23,10 @@ from typing import Any, TypeVar
 import qdrant_edge as engine
 from qdrant_edge import EdgeShard, FieldCondition, Filter, MatchAny, MatchValue, UpdateOperation
 
-from app.domain import Document, EncodedChunk, Filters, Passage, Scalar, StoredDocument
+from app.domain import Chunk, Document, EncodedChunk, Filters, Passage, Scalar, StoredDocument
+from app.durable import write_whole
 from app.errors import ConfigurationError, RetrieverUnavailable
-from app.store import Aliases, Chunks, Located, Manifest, Stamp, Store, Vectors
+from app.store import NO_FILTERS, Aliases, Chunks, Located, Manifest, Stamp, Store, Vectors
 from app.store.payload import (
     DENSE,
     INTENT_ID,
@@ -42,6 +42,7 @@ from app.store.payload import (
     chunk_id,
     chunk_ids,
     chunk_points,
+    chunks_of_points,
     client_name,
     counts_by_field,
     current_writes,
@@ -71,6 +72,8 @@ POINTS_PER_FLUSH = 1_000
 RESERVED_BYTES = 128 * 2**20
 QUERIES_PER_CALL = 32
 """So that a long deletion lets searches in between."""
+CHUNKS_PER_CALL = 512
+"""Likewise when a long document is read."""
 MAX_LEFTOVERS = 100_000
 
 ALIASES_SUFFIX = ".aliases.json"
@@ -151,14 +154,31 @@ class EdgeStore:
         """Fuse the dense and the sparse list; both are read in one go, so of one state."""
         return await self._run(self._search, dense, sparse, filters, limit, num_candidates, weights)
 
-    async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
+    async def documents(
+        self, *, after: str | None = None, limit: int = 100, filters: Filters = NO_FILTERS
+    ) -> list[StoredDocument]:
         """Give a page of documents, in the order of their record ids."""
-        return await self._run(self._documents, after, limit)
+        return await self._run(self._documents, after, limit, filters)
+
+    async def num_documents(self, filters: Filters) -> int:
+        """Count the documents that match."""
+        return await self._run(self._count, "document", filters)
 
     async def document(self, document_id: str) -> tuple[StoredDocument, str] | None:
         """Give one document and its whole text, or None."""
         record = await self._run(_read, self._shard, record_id(document_id))
         return (stored_document(record), record["text"]) if record else None
+
+    async def chunks(self, document_id: str, *, version: int, only: int | None = None) -> list[Chunk] | None:
+        """Give the chunks of a version of a document, a few per call of the engine."""
+        record = await self._run(_record, self._shard, document_id)
+        if record is None or stored_document(record).version != version:
+            return None
+        ids = chunk_ids(record, only)
+        found: list[engine.Record] = []
+        for start in range(0, len(ids), CHUNKS_PER_CALL):
+            found += await self._run(self._read_chunks, ids[start : start + CHUNKS_PER_CALL])
+        return chunks_of_points(map(_payload, found), num_expected=len(ids))
 
     async def locate(self, document_id: str) -> Located | None:
         """Say what a deletion has to remove, or None."""
@@ -259,7 +279,7 @@ class EdgeStore:
         num_candidates: int,
         weights: tuple[float, float],
     ) -> list[Passage]:
-        matching = Filter(must=[_is("kind", "chunk"), *(_any_of("terms", terms) for terms in terms_of(filters))])
+        matching = _matching("chunk", filters)
         found = [
             self._nearest(query, matching, num_candidates) if weight > 0 else []
             for query, weight in (
@@ -273,13 +293,16 @@ class EdgeStore:
         request = engine.QueryRequest(query=query, filter=matching, limit=limit, with_payload=True)
         return [(_payload(point), point.score) for point in self._shard.query(request)]
 
-    def _documents(self, after: str | None, limit: int) -> list[StoredDocument]:
+    def _read_chunks(self, ids: Sequence[str]) -> list[engine.Record]:
+        return list(self._shard.retrieve([*ids], with_payload=True, with_vector=False))
+
+    def _documents(self, after: str | None, limit: int, filters: Filters) -> list[StoredDocument]:
         # The page starts at the id `after`, which may be deleted by now: one more is read and that one left out.
         start = record_id(after) if after is not None else None
         request = engine.ScrollRequest(
             offset=start,
             limit=limit + 1,
-            filter=Filter(must=[_is("kind", "document")]),
+            filter=_matching("document", filters),
             with_payload=engine.PayloadSelector.Exclude(["text"]),
         )
         records, _ = self._shard.scroll(request)
@@ -322,8 +345,8 @@ class EdgeStore:
     def _counts(self) -> tuple[int, int]:
         return self._count("document"), self._count("chunk")
 
-    def _count(self, kind: str) -> int:
-        return self._shard.count(engine.CountRequest(filter=Filter(must=[_is("kind", kind)]), exact=True))
+    def _count(self, kind: str, filters: Filters = NO_FILTERS) -> int:
+        return self._shard.count(engine.CountRequest(filter=_matching(kind, filters), exact=True))
 
     def _filter_fields(self) -> tuple[str, ...]:
         hits = self._shard.facet(engine.FacetRequest(key="fields", limit=MAX_FIELDS, exact=True)).hits
@@ -393,13 +416,7 @@ class EdgeDatabase:
         with _explained_files(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"{name}{ALIASES_SUFFIX}"
-            draft = path.with_name(f".{path.name}")
-            with draft.open("w", encoding="utf-8") as file:
-                json.dump(asdict(aliases), file)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.rename(path)
-            _sync_folder(self._folder)
+            write_whole(path, json.dumps(asdict(aliases)).encode())
 
     def _drop(self, name: str, keep: Aliases | None) -> None:
         with _explained_files(self._folder):
@@ -498,6 +515,10 @@ def _chunks_of(document_id: str, current: Collection[str]) -> Filter:
     return Filter(must=[*chunks], must_not=[_any_of("write", list(current))]) if current else Filter(must=[*chunks])
 
 
+def _matching(kind: str, filters: Filters) -> Filter:
+    return Filter(must=[_is("kind", kind), *(_any_of("terms", terms) for terms in terms_of(filters))])
+
+
 def _is(field: str, value: str) -> FieldCondition:
     return FieldCondition(field, match=MatchValue(value))
 
@@ -536,15 +557,6 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

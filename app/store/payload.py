@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
-from app.domain import Document, EncodedChunk, Filters, Metadata, Passage, Scalar, StoredDocument
+from app.domain import Chunk, Document, EncodedChunk, Filters, Metadata, Passage, Scalar, StoredDocument
 from app.fusion import fuse
 from app.store import Chunks, Manifest, Stamp
 
@@ -67,9 +67,11 @@ def chunk_id(document_id: str, write: str, index: int) -> str:
     return str(uuid.uuid5(_NAMESPACE, f"chunk\n{write}\n{index}\n{document_id}"))
 
 
-def chunk_ids(record: Payload) -> list[str]:
-    """Name all chunk points of the write that a record stands for."""
-    return [chunk_id(record["document_id"], record["write"], index) for index in range(record["num_chunks"])]
+def chunk_ids(record: Payload, only: int | None = None) -> list[str]:
+    """Name all chunk points of the write that a record stands for, or `only` one if there is such a one."""
+    indexes = range(record["num_chunks"])
+    wanted = indexes if only is None else [only] if only in indexes else []
+    return [chunk_id(record["document_id"], record["write"], index) for index in wanted]
 
 
 def sampled_ids(record: Payload) -> list[str]:
@@ -157,6 +159,13 @@ def chunk_points(
         )
         for encoded in chunks
     ]
+
+
+def chunks_of_points(payloads: Iterable[Payload], *, num_expected: int) -> list[Chunk] | None:
+    """Read chunk points, in the order of the text; None when some are missing: another write has replaced them."""
+    names = ("index", "text", "start", "end", "heading")
+    chunks = [Chunk(**{name: payload[name] for name in names}) for payload in payloads]
+    return sorted(chunks, key=lambda chunk: chunk.index) if len(chunks) == num_expected else None
 
 
 def published(revision: int) -> Payload:

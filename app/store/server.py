@@ -20,9 +20,9 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
-from app.domain import Document, Filters, Passage, Scalar, StoredDocument
+from app.domain import Chunk, Document, Filters, Passage, Scalar, StoredDocument
 from app.errors import ConfigurationError, RetrieverUnavailable, WriteConflict
-from app.store import Aliases, Chunks, Located, Manifest, Stamp, Store, Vectors
+from app.store import NO_FILTERS, Aliases, Chunks, Located, Manifest, Stamp, Store, Vectors
 from app.store.payload import (
     DENSE,
     KEYWORD_FIELDS,
@@ -34,7 +34,9 @@ from app.store.payload import (
     Payload,
     Point,
     best_passages,
+    chunk_ids,
     chunk_points,
+    chunks_of_points,
     client_name,
     counts_by_field,
     current_writes,
@@ -155,7 +157,7 @@ class ServerStore:
         weights: tuple[float, float],
     ) -> list[Passage]:
         """Fuse the dense and the sparse list, which are asked for in one request."""
-        matching = models.Filter(must=[_is("kind", "chunk"), *(_any_of("terms", terms) for terms in terms_of(filters))])
+        matching = _matching("chunk", filters)
         queries = [(DENSE, list(dense), weights[0]), (SPARSE, _sparse_vector(sparse), weights[1] if sparse else 0.0)]
         requests = [
             models.QueryRequest(query=vector, using=name, filter=matching, limit=num_candidates, with_payload=True)
@@ -168,25 +170,44 @@ class ServerStore:
         found = [_hits(next(answers)) if weight > 0 else [] for _, _, weight in queries]
         return best_passages(*found, weights=weights, num_candidates=num_candidates, limit=limit)
 
-    async def documents(self, *, after: str | None = None, limit: int = 100) -> list[StoredDocument]:
+    async def documents(
+        self, *, after: str | None = None, limit: int = 100, filters: Filters = NO_FILTERS
+    ) -> list[StoredDocument]:
         """Give a page of documents, in the order of their record ids."""
         # The page starts at the id `after`, which may be deleted by now: one more is read and that one left out.
         start = record_id(after) if after is not None else None
         async with _translated():
             records, _ = await self._client.scroll(
                 self._collection,
-                scroll_filter=models.Filter(must=[_is("kind", "document")]),
+                scroll_filter=_matching("document", filters),
                 offset=start,
                 limit=limit + 1,
                 with_payload=models.PayloadSelectorExclude(exclude=["text"]),
             )
         return [stored_document(record.payload or {}) for record in records if record.id != start][:limit]
 
+    async def num_documents(self, filters: Filters) -> int:
+        """Count the documents that match."""
+        async with _translated():
+            return await self._count("document", filters)
+
     async def document(self, document_id: str) -> tuple[StoredDocument, str] | None:
         """Give one document and its whole text, or None."""
         async with _translated():
             record = await self._settled_record(document_id, with_text=True)
         return (stored_document(record), record["text"]) if record else None
+
+    async def chunks(self, document_id: str, *, version: int, only: int | None = None) -> list[Chunk] | None:
+        """Give the chunks of a version of a document, a page at a time."""
+        async with _translated():
+            record = await self._settled_record(document_id)
+            if record is None or stored_document(record).version != version:
+                return None
+            ids = chunk_ids(record, only)
+            found: list[models.Record] = []
+            for start in range(0, len(ids), PAGE_SIZE):
+                found += await self._client.retrieve(self._collection, ids[start : start + PAGE_SIZE])
+        return chunks_of_points((point.payload or {} for point in found), num_expected=len(ids))
 
     async def locate(self, document_id: str) -> Located | None:
         """Say what a deletion has to remove, or None."""
@@ -352,8 +373,8 @@ class ServerStore:
                 writes |= _writes(answer.points)
         return writes
 
-    async def _count(self, kind: str) -> int:
-        matching = models.Filter(must=[_is("kind", kind)])
+    async def _count(self, kind: str, filters: Filters = NO_FILTERS) -> int:
+        matching = _matching(kind, filters)
         return (await self._client.count(self._collection, count_filter=matching, exact=True)).count
 
 
@@ -514,6 +535,10 @@ def _sparse_vector(weights: Mapping[int, float]) -> models.SparseVector:
 
 def _hits(response: models.QueryResponse) -> Hits:
     return [(point.payload or {}, point.score) for point in response.points]
+
+
+def _matching(kind: str, filters: Filters) -> models.Filter:
+    return models.Filter(must=[_is("kind", kind), *(_any_of("terms", terms) for terms in terms_of(filters))])
 
 
 def _is(field: str, value: str) -> models.FieldCondition:
