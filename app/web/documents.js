@@ -1,6 +1,6 @@
 /** The dialog with the list of documents: what is there, page by page, and deleting it. */
 
-import { deleteDocument, fetchDocuments } from "./api.js";
+import { deleteDocument, documentPath, fetchDocuments } from "./api.js";
 import { announce, button, byId, closeByClickBeside, el, errorBox, linkedTitle } from "./dom.js";
 import { byline, number, plural } from "./words.js";
 
@@ -48,7 +48,7 @@ function documentRow(item) {
   const size = `${plural(item.num_characters, "character")} · ${plural(item.num_chunks, "chunk")}`;
   const row = el("li", { class: "document-row", "data-id": item.id },
     el("div", {},
-      el("p", { class: "title", dir: "auto" }, linkedTitle(item)),
+      el("p", { class: "title", dir: "auto" }, linkedTitle(item, documentPath(item.id))),
       el("p", { class: "small" }, [byline(item.metadata), size, `added ${added}`].filter(Boolean).join(" · "))),
     el("div", { class: "actions" }));
   offerDelete(row, item);

@@ -35,10 +35,11 @@ export function link(address, ...label) {
   return el("a", { href: url.href, target: "_blank", rel: "noopener noreferrer" }, ...label);
 }
 
-/** A document's title, linked where its address is a web address: a bare file name is no path on this server. */
-export function linkedTitle({ title, url }) {
+/** A document's title, linked to its own web address, else to `path`, its page in this service, if that is given. */
+export function linkedTitle({ title, url }, path) {
   const label = title || "Untitled";
-  return (/^https?:\/\//i.test(url ?? "") && link(url, label)) || label;
+  // Not everything that is stored as an address is one: a bare file name would be a path on this server.
+  return (/^https?:\/\//i.test(url ?? "") && link(url, label)) || (path && link(path, label)) || label;
 }
 
 /** What went wrong, for the reader, with a way to try again if there is one. */

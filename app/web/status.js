@@ -60,7 +60,8 @@ export function summaryText(answer) {
 
 function refusal(found) {
   if (!found) return null;
-  const missing = found.missing?.length ? ` No source mentions ${found.missing.join(", ")}.` : "";
+  // Of a near miss the answer itself says what is missing.
+  const missing = found.reason === "off_topic" && found.missing?.length ? ` No source mentions ${found.missing.join(", ")}.` : "";
   return el("p", { class: "refusal" }, (REFUSED[found.reason] ?? spoken(found.reason)) + missing);
 }
 

@@ -1,8 +1,9 @@
 /** A question with its answer: asked, streamed in, finished, stopped or failed, and asked again. */
 
 import { absorb, citedNumbers, emptyAnswer, shownText } from "./answer.js";
-import { completionChunks, RequestError } from "./api.js";
+import { completionChunks } from "./api.js";
 import { announce, button, el, errorBox, patch, present } from "./dom.js";
+import { RequestError } from "./http.js";
 import { renderMarkdown } from "./markdown.js";
 import { Sources } from "./sources.js";
 import { finishedStatus, interruptedStatus, runningStatus, summaryText } from "./status.js";

@@ -1,9 +1,10 @@
 /** Files into the service: chosen or dropped anywhere on the page, one after the other, each with its progress. */
 
-import { uploadFile } from "./api.js";
+import { cancelIngestion, followIngestion, uploadFile } from "./api.js";
 import { loadDocuments, openDocuments } from "./documents.js";
 import { announce, button, byId, el } from "./dom.js";
-import { fileSize, plural } from "./words.js";
+import { RequestError } from "./http.js";
+import { fileSize, number, plural } from "./words.js";
 
 export function listenForFiles() {
   byId("file-input").addEventListener("change", ({ target }) => {
@@ -27,13 +28,19 @@ export function listenForFiles() {
   });
 }
 
+let queue = Promise.resolve();
+
 /** One request for each file: the results come as they are there, and a file too large fails alone. */
-async function upload(files) {
+function upload(files) {
   openDocuments();
   const lines = files.map((file) => new UploadLine(file));
-  byId("upload-results").replaceChildren(...lines.map(({ node }) => node));
-  for (const line of lines) await line.run();
-  await loadDocuments();
+  const list = byId("upload-results");
+  for (const finished of list.querySelectorAll(".done, .failed")) finished.remove();
+  list.append(...lines.map(({ node }) => node));
+  queue = queue.then(async () => {
+    for (const line of lines) await line.run();
+    await loadDocuments();
+  });
 }
 
 /** A file on its way, and what became of it. */
@@ -57,7 +64,7 @@ class UploadLine {
   async run() {
     const { ok, text } = await this.send();
     this.node.classList.add(ok ? "done" : "failed");
-    this.text.textContent = text;
+    this.showText(text);
     announce(`${this.file.name}: ${text}`);
     this.bar.remove();
     this.stop.remove();
@@ -66,23 +73,48 @@ class UploadLine {
   async send() {
     try {
       this.stopping.signal.throwIfAborted();
-      await this.file.slice(0, 1).arrayBuffer(); // A dropped folder is a file that cannot be read.
-    } catch (error) {
-      if (error.name === "AbortError") return { ok: false, text: "cancelled" };
-      return { ok: false, text: "failed: cannot be read. If it is a folder, drop the files in it." };
-    }
-    try {
+      // A dropped folder is a file that cannot be read.
+      await this.file.slice(0, 1).arrayBuffer().catch(() => {
+        throw new RequestError("cannot be read. If it is a folder, drop the files in it.");
+      });
       const options = { signal: this.stopping.signal, onSent: (share) => this.showSent(share) };
-      return describeReceipts(await uploadFile(this.file, options));
+      return await this.follow(await uploadFile(this.file, options));
     } catch (error) {
       return { ok: false, text: error.name === "AbortError" ? "cancelled" : `failed: ${error.message}` };
     }
   }
 
+  /** All has been sent; now it is read and indexed, document by document. */
+  async follow({ id }) {
+    const cancel = () => cancelIngestion(id).catch((error) => this.showText(error.message));
+    if (this.stopping.signal.aborted) cancel();
+    this.stopping.signal.addEventListener("abort", cancel);
+    const results = [];
+    for await (const { event, content } of followIngestion(id)) {
+      if (event === "result") results.push(content);
+      if (event === "progress") this.showIngested(content);
+      if (event === "end" && content.status !== "completed") {
+        return { ok: false, text: content.error ? `${content.status}: ${content.error}` : content.status };
+      }
+    }
+    return describeReceipts(results);
+  }
+
   showSent(share) {
     this.bar.value = share;
-    this.text.textContent = share < 1 ? `sending, ${Math.floor(100 * share)}%` : "reading and indexing";
-    if (share >= 1) this.bar.removeAttribute("value"); // How long that takes is not known.
+    this.showText(share < 1 ? `sending, ${Math.floor(100 * share)}%` : "reading and indexing");
+    if (share >= 1) this.bar.removeAttribute("value"); // How long that takes is not known yet.
+  }
+
+  showIngested({ notice, progress: { num_documents: numDocuments, num_documents_done: numDone } }) {
+    const isCounted = numDocuments > 1;
+    if (isCounted) this.bar.value = numDone / numDocuments;
+    this.showText(notice ?? (isCounted ? `indexing, ${number(numDone)} of ${plural(numDocuments, "document")}`
+      : "reading and indexing"));
+  }
+
+  showText(text) {
+    this.text.textContent = text;
   }
 }
 
