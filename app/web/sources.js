@@ -8,11 +8,11 @@ import { byline, plural } from "./words.js";
 
 const isCalm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-/** The sources of one turn. `id` is unique in the page; `body` holds the answer's text with the markers. */
+/** The sources of one turn, by its number; `body` holds the answer's text with the markers. */
 export class Sources {
-  constructor(id, body) {
-    this.node = el("aside", { class: "sources", "aria-label": "Sources" });
-    this.id = id;
+  constructor(number, body) {
+    this.node = el("aside", { class: "sources", "aria-label": `Sources of answer ${number}` });
+    this.number = number;
     this.body = body;
     this.sources = [];
     this.cards = new Map();
@@ -51,7 +51,7 @@ export class Sources {
   }
 
   cardId(n) {
-    return `${this.id}-source-${n}`;
+    return `answer-${this.number}-source-${n}`;
   }
 
   card(source) {

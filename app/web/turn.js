@@ -24,7 +24,7 @@ export class Turn {
     this.isAnswered = false;
     this.stopping = null;
     this.frame = null;
-    this.build(`turn-${numTurns}`);
+    this.build(numTurns);
   }
 
   /** What the conversation remembers of this turn. */
@@ -69,18 +69,18 @@ export class Turn {
     this.view.actions.replaceChildren();
   }
 
-  build(id) {
+  build(number) {
     this.view = {
       scope: el("div", { class: "scope" }),
       body: el("div", { class: "body", dir: "auto" }),
       status: el("div", { class: "status" }),
       actions: el("div", { class: "actions" }),
     };
-    this.sources = new Sources(id, this.view.body);
+    this.sources = new Sources(number, this.view.body);
     this.view.answer = el("article", { class: "answer", "aria-label": "Answer" },
       this.view.scope, this.view.body, this.view.status, this.view.actions);
-    this.node = el("section", { class: "turn", "aria-labelledby": `${id}-question` },
-      el("h2", { class: "asked", id: `${id}-question`, dir: "auto" }, this.question),
+    this.node = el("section", { class: "turn" },
+      el("h2", { class: "asked", dir: "auto" }, this.question),
       this.view.answer,
       this.sources.node);
   }
