@@ -23,10 +23,10 @@ export async function* completionChunks({ messages, rag }, signal) {
   throw new RequestError("The connection closed before the answer was complete.");
 }
 
-/** The model that answers from the documents, and the others beside it. */
+/** The profile that answers here, and the language models that are served by themselves. */
 export async function fetchModels() {
   const { data } = await requestJson("/v1/models");
-  return { profile: data.find(({ id }) => id === MODEL), others: data.filter(({ id }) => id !== MODEL) };
+  return { profile: data.find(({ id }) => id === MODEL), others: data.filter((one) => one.owned_by !== MODEL) };
 }
 
 /** A page of documents: the first, or the one behind the document `after`. */

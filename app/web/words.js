@@ -26,8 +26,14 @@ export function spoken(name) {
 
 /** "author · platform · date", as far as they are known. */
 export function byline(metadata = {}) {
-  const date = String(metadata.date ?? "").replace(/T.*/, "");
-  return [metadata.author, metadata.platform, date].filter(Boolean).join(" · ");
+  return [metadata.author, metadata.platform, metadata.date && writtenDate(metadata.date)].filter(Boolean).join(" · ");
+}
+
+/** A date as it is written where the reader is; what is no date stays as it stands. */
+function writtenDate(value) {
+  const date = new Date(value);
+  if (!/^\d{4}-\d\d-\d\d/.test(value) || Number.isNaN(date.getTime())) return value;
+  return date.toLocaleDateString(undefined, { dateStyle: "medium", timeZone: "UTC" });
 }
 
 /** Filters as one text: "author Noor Hallivant or Marit Oldershaw and year 2024". */
