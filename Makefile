@@ -8,8 +8,8 @@ PYTHON ?= python3
 # cpu, or gpu on a machine with an NVIDIA driver.
 DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 CONFIG ?= serve_config.yaml
-# More workers than these would only contend for memory.
-WORKERS := -n logical --maxprocesses 4 --dist loadgroup
+# Two, since some files start a whole cluster each.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -34,6 +34,7 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m tests.browser_setup
+	@$(BIN)/python -m tests.node_setup
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: $(STAMP)

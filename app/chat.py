@@ -29,7 +29,7 @@ from app.grounding import is_supported
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
 from app.planning import Plan, RewritingFailed, plan_query, rewrite_question
-from app.prompts import CITING_INSTRUCTIONS, PLAIN_INSTRUCTIONS
+from app.prompts import CITING_INSTRUCTIONS, JSON_INSTRUCTIONS, PLAIN_INSTRUCTIONS
 from app.retrieval import Retriever
 from app.self_query import describe
 from app.settings import AnswerSettings, PlanningSettings
@@ -63,6 +63,8 @@ class ChatRequest:
     recognise_filters: bool = False
     collection: str | None = None
     use_documents: bool = True
+    grounding: Grounding | None = None
+    """None: the service's own. JSON is not checked, whatever it says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class AnswerText:
     """A piece of the answer, markers checked."""
 
     text: str
+    is_refusal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,18 +136,18 @@ class ChatService:
             InvalidRequest, UnknownFilter, ContextTooLong: before the first event.
             RetrieverUnavailable, LLMUnavailable, DeadlineExceeded.
         """
-        run = _Run(request, plan_query(request.messages))
+        run = _Run(request, plan_query(request.messages), request.grounding or self._grounding)
         found = await self._retrieve(run) if request.use_documents else SearchResult(())
         passages = found.passages
         start = AnswerStart(passages, run.query, tuple(run.degraded), found.recognised_filters, found.notice)
         refusal = self._refusal(run, found) if request.use_documents else None
         if refusal:
             yield start
-            yield AnswerText(_in_words(refusal, found))
+            yield AnswerText(_in_words(refusal, found), is_refusal=True)
             yield run.end(grounded="refused", refusal=refusal)
             return
         engines = (self._llm, self._fallback)
-        generation = self._generation(request, passages)
+        generation = self._generation(run, passages)
         first_delta = run.first_delta(
             engines,
             generation,
@@ -158,8 +161,9 @@ class ChatService:
                 async for piece in pieces:
                     text += piece
                     yield AnswerText(piece)
-        # What the model was not given cannot be cited, whatever brackets it puts around a number.
-        citations = [one for one in find_citations(text) if 1 <= one.n <= len(generation.passages)]
+        # What the model was not given cannot be cited, whatever brackets it puts around a number; in JSON, none is.
+        markers = [] if request.sampling.json else find_citations(text)
+        citations = [one for one in markers if 1 <= one.n <= len(generation.passages)]
         yield run.end(grounded=run.grounded, citations=citations)
 
     async def _retrieve(self, run: "_Run") -> SearchResult:
@@ -200,16 +204,19 @@ class ChatService:
     def _refusal(self, run: "_Run", found: SearchResult) -> Refusal | None:
         if not found.passages:
             return Refusal("no_match" if found.notice else "off_topic")
-        if self._grounding == "off":
+        if run.grounding == "off":
             return None
         judged = assess(run.query, found.passages)
         if judged.score >= self._settings.min_evidence:
             return None
         return Refusal("off_topic" if judged.is_off_topic else "not_in_passages", judged.score, judged.missing)
 
-    def _generation(self, request: ChatRequest, passages: tuple[Passage, ...]) -> GenerationRequest:
+    def _generation(self, run: "_Run", passages: tuple[Passage, ...]) -> GenerationRequest:
+        request = run.request
         instructions, sampling = CITING_INSTRUCTIONS, request.sampling
-        if self._grounding == "gate" and passages:
+        if sampling.json:
+            instructions = JSON_INSTRUCTIONS
+        elif run.grounding == "gate" and passages:
             instructions = PLAIN_INSTRUCTIONS
             sampling = replace(sampling, max_tokens=min(sampling.max_tokens, MAX_GATED_TOKENS))
         presented = passages[: self._settings.num_passages]
@@ -218,9 +225,9 @@ class ChatService:
     async def _checked(
         self, run: "_Run", deltas: AsyncIterator[Delta], passages: tuple[Passage, ...]
     ) -> AsyncGenerator[str, None]:
-        if not run.request.use_documents:
+        if not run.request.use_documents or run.request.sampling.json:
             checked = self._raw(deltas)
-        elif self._grounding == "gate" and not run.first.is_quote:
+        elif run.grounding == "gate" and not run.first.is_quote:
             # What did not fit into the prompt can still be quoted.
             checked = self._gated(run, deltas, passages)
         else:
@@ -231,7 +238,7 @@ class ChatService:
                     yield piece
 
     async def _raw(self, deltas: AsyncIterator[Delta]) -> AsyncGenerator[str, None]:
-        """Stream as it is: where there are no sources, `[0]` is no marker."""
+        """Stream as it is: where there are no sources, and in JSON, `[0]` is no marker."""
         async for delta in deltas:
             yield delta.text
 
@@ -272,7 +279,7 @@ class ChatService:
         run.num_removed_markers = markers.num_removed
         if run.first.is_quote:
             run.grounded = "quotes"
-        elif presented and self._grounding == "flag":
+        elif presented and run.grounding == "flag":
             stated = sentences(without_markers(text + rest))
             run.unsupported = tuple(one for one in stated if not is_supported(one, run.query, presented))
             run.grounded = "flagged" if run.unsupported else "model"
@@ -296,9 +303,10 @@ def _in_words(refusal: Refusal, found: SearchResult) -> str:
 class _Run:
     """The state of one answer: its deadline, its timings, and what is said of it at the end."""
 
-    def __init__(self, request: ChatRequest, plan: Plan) -> None:
+    def __init__(self, request: ChatRequest, plan: Plan, grounding: Grounding) -> None:
         self.request = request
         self.plan = plan
+        self.grounding = grounding
         self.watch = Stopwatch()
         self.degraded: list[str] = []
         self.grounded: Grounded = "unchecked"
@@ -336,15 +344,16 @@ class _Run:
     ) -> AsyncGenerator[AsyncGenerator[Delta, None], None]:
         """Wait for the first engine's first token, or the second's when the first is down or too slow."""
         engine, fallback = engines
+        can_quote = bool(generation.passages) and not generation.sampling.json
         patience_end_s = asyncio.get_running_loop().time() - self._started + patience_s
-        if not generation.passages:
-            patience_end_s = self._generation_end_s  # There is nothing to quote instead.
+        if not can_quote:
+            patience_end_s = self._generation_end_s  # There is nothing else to wait for.
         stream = engine.generate(generation)
         try:
             try:
                 self.first = await self._next(stream, min(patience_end_s, self._generation_end_s))
             except (Unavailable, DeadlineExceeded) as error:
-                if not generation.passages or (is_llm_required and isinstance(error, LLMUnavailable)):
+                if not can_quote or (is_llm_required and isinstance(error, LLMUnavailable)):
                     raise
                 self.degrade("llm_timeout" if isinstance(error, DeadlineExceeded) else error.code, error.message)
                 await stream.aclose()

@@ -86,10 +86,12 @@ class Client:
         body = {"messages": _conversation(history, question), "rag": {**rag, **self._collection}}
         return await self._request("POST", "/v1/chat/completions", json=body)
 
-    async def stream_chat(self, question: str, **rag: Any) -> AsyncGenerator[Record, None]:
+    async def stream_chat(
+        self, question: str, *, history: Sequence[Message] = (), **rag: Any
+    ) -> AsyncGenerator[Record, None]:
         """Answer a question in chunks, the last with the usage. An error in the stream is raised."""
         body = {
-            "messages": _conversation((), question),
+            "messages": _conversation(history, question),
             "stream": True,
             "stream_options": {"include_usage": True},
             "rag": {**rag, **self._collection},

@@ -6,11 +6,10 @@ problem is one line that names the file, the key and the way out.
 
 import difflib
 import re
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, Union, get_args, get_origin
+from typing import Any, TypeAlias, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -271,7 +270,7 @@ def _sentence(key: tuple[str, ...], problems: Sequence[ErrorDetails]) -> str:
     name, problem = ".".join(("args", *key)), problems[0]
     match problem["type"]:
         case "extra_forbidden":
-            return f"{name} is not a setting. {_suggest(key[-1], _branch_at(key[:-1]).model_fields)}"
+            return f"{name} is not a setting. {_suggest(key[-1], _branch_at(key[:-1])[0].model_fields)}"
         case "missing":
             return f"{name} is missing. Add it."
     if problem["input"] is None:
@@ -286,23 +285,28 @@ def _key(problem: ErrorDetails) -> tuple[str, ...]:
     """Give the key of a problem, without the names that pydantic puts in for the members of a union."""
     key: tuple[str, ...] = ()
     for part in map(str, problem["loc"]):
-        if part in _branch_at(key).model_fields:
+        branch, has_names = _branch_at(key)
+        if has_names or part in branch.model_fields:
             key += (part,)
     if problem["type"] == "extra_forbidden":
         key += (str(problem["loc"][-1]),)
     return key
 
 
-def _branch_at(key: Sequence[str]) -> type[Branch]:
-    """Find the innermost branch of the settings tree on the way to a key."""
+def _branch_at(key: Sequence[str]) -> tuple[type[Branch], bool]:
+    """Find the innermost branch of the settings tree on the way to a key, and whether the user's own names follow."""
     branch: type[Branch] = Settings
+    has_names = False
     for part in key:
+        if has_names:
+            has_names = False
+            continue
         annotation = branch.model_fields[part].annotation
-        is_union = get_origin(annotation) in (Union, types.UnionType)
-        for member in get_args(annotation) if is_union else (annotation,):
+        for member in get_args(annotation) or (annotation,):
             if isinstance(member, type) and issubclass(member, Branch):
                 branch = member
-    return branch
+                has_names = get_origin(annotation) is dict
+    return branch, has_names
 
 
 def _suggest(misspelt: str, known: Mapping[str, object]) -> str:

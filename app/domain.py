@@ -20,6 +20,8 @@ Ranking: TypeAlias = Literal["hybrid", "dense", "bm25"]
 Role: TypeAlias = Literal["system", "user", "assistant"]
 FinishReason: TypeAlias = Literal["stop", "length"]
 Grounding: TypeAlias = Literal["gate", "flag", "off"]
+Dialect: TypeAlias = Literal["annotations", "openwebui", "markdown"]
+"""How an answer tells its sources: OpenAI's annotations, Open WebUI's events, or a list at the end of the text."""
 Grounded: TypeAlias = Literal["model", "mixed", "quotes", "refused", "flagged", "unchecked"]
 """How an answer came about: the model's sentences, all supported; some of them replaced by quotes; quotes only; the
 documents hold no answer; the model's sentences, some named as unsupported; not checked."""
@@ -198,6 +200,18 @@ class SearchResult:
 
 
 @dataclass(frozen=True, slots=True)
+class JSONFormat:
+    """The completion is one JSON value: one that `schema`, a JSON Schema as text, describes, or any object.
+
+    `name` and `is_strict` are for servers that ask for them.
+    """
+
+    schema: str | None = None
+    name: str = "answer"
+    is_strict: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to sample. `max_tokens` bounds the completion; `stop` strings are not part of the answer."""
 
@@ -208,6 +222,10 @@ class SamplingParams:
     presence_penalty: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """What is added to the logits of tokens, by their ids in the model's vocabulary."""
+    json: JSONFormat | None = None
+    """None: prose."""
 
 
 @dataclass(frozen=True, slots=True)

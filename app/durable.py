@@ -79,6 +79,10 @@ class Hold:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def __del__(self) -> None:
+        """Let go of it when whoever asked for it was cancelled meanwhile."""
+        self.release()
+
     def __enter__(self) -> Self:
         """It is held already."""
         return self

@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from app.domain import Document, IngestReceipt
 from app.durable import FULL, Hold, finish_in_thread, write_whole
-from app.errors import CleaveError, CollectionMismatch, IngestionNotFound, InvalidRequest, Unavailable
+from app.errors import CleaveError, CollectionMismatch, IngestionNotFound, InvalidRequest, Overloaded, Unavailable
 from app.retrieval import Retriever
 from app.settings import APISettings
 from app.telemetry import logger
@@ -37,6 +37,7 @@ from app.uploads import (
     UploadWriter,
     count_documents,
     documents_of,
+    explained,
     in_groups,
     load,
     remove_abandoned,
@@ -53,10 +54,11 @@ WATCH_S = 0.5
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 30.0
 MAX_STARTS = 3
 """Of an ingestion that gets nowhere: a file that ends the process must not end it for ever."""
-TIDIED_EVERY_S = 600.0
+TIDIED_EVERY_S = 60.0
 KEPT_S = 24 * 3600
 MAX_KEPT = 1_000
 """Of finished ingestions, the newest; their files go at once."""
+MAX_WAITING = 1_000
 
 STATE, RESULTS, CANCEL = "state.json", "results.jsonl", "cancel"
 ID = re.compile(r"ing_[0-9a-f]{24}")
@@ -137,6 +139,11 @@ class IngestionJobs:
         """Give what writes an upload where it can be taken over."""
         return UploadWriter(self._uploads, self._limits)
 
+    async def check_room(self) -> None:
+        """Raise `Overloaded` when too many wait."""
+        if len(await asyncio.to_thread(self._ids)) >= MAX_KEPT + MAX_WAITING:
+            raise Overloaded("Too many ingestions are waiting. Try again later.", retry_after_s=int(TIDIED_EVERY_S))
+
     async def submit(self, upload: UploadWriter, *, collection: str | None) -> Ingestion:
         """Take over a finished upload; from here on it survives this process."""
         # Ids sort by time, and the order of ids is the order of work.
@@ -174,7 +181,8 @@ class IngestionJobs:
     # --- What is in the folder ---------------------------------------------------------------------------------------
 
     def _take_over(self, upload: UploadWriter, ingestion: Ingestion) -> None:
-        _write_state(upload.folder, ingestion)
+        with explained(self._uploads):
+            _write_state(upload.folder, ingestion)
         upload.hand_over(self._path(ingestion.id))
 
     def _path(self, ingestion_id: str) -> Path:
@@ -205,7 +213,9 @@ class IngestionJobs:
                 if len(found) == limit or not line.endswith(b"\n"):
                     break
                 after += len(line)
-                found.append(Result(after, json.loads(line)))
+                content = json.loads(line)
+                del content["file_number"]
+                found.append(Result(after, content))
         return found
 
     def _ids(self) -> list[str]:
@@ -281,6 +291,7 @@ class IngestionJobs:
             except Exception:
                 # Above all a disk that is full: the work waits in its folder.
                 logger.exception("ingestions cannot go on for now")
+                await asyncio.sleep(MAX_RETRY_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
                     await self._added.wait()
@@ -445,12 +456,12 @@ def _finish(folder: Path, ingestion: Ingestion, status: Status, error: str | Non
 
 
 def _read_state(folder: Path) -> Ingestion | None:
+    """Read what an ingestion is; None where there is none, or none that this version of Cleave can read."""
     try:
         content = json.loads((folder / STATE).read_bytes())
-    except FileNotFoundError:
+        return Ingestion(**{name: content[name] for name in FIELDS & set(content)})
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    # Another version of Cleave may have written more.
-    return Ingestion(**{name: content[name] for name in FIELDS & set(content)})
 
 
 def _write_state(folder: Path, ingestion: Ingestion) -> None:

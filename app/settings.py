@@ -5,13 +5,16 @@ error everywhere. Each part of the service is handed only its own branch.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.domain import Grounding
+from app.domain import Dialect, Grounding, Scalar
 
 Device = Literal["gpu", "cpu"]
+
+
+ProfileName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Branch(BaseModel):
@@ -139,6 +142,17 @@ class AnswerSettings(Branch):
     llm_start_s: float = Field(60.0, gt=0, description="expected length of its start, until one was measured")
 
 
+class ProfileSettings(Branch):
+    """A name under which clients find the service as a model: how a request is answered that does not say otherwise."""
+
+    description: str = "Answers from the ingested documents, with citations."
+    collection: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]{1,64}$", description="default: store.collection")
+    filters: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
+    top_k: int | None = Field(None, ge=1, le=50, description="default: retrieval.top_k")
+    grounding: Grounding | None = Field(None, description="default: answer.grounding")
+    dialect: Dialect = "annotations"
+
+
 class APISettings(Branch):
     """Limits of the HTTP border."""
 
@@ -168,6 +182,7 @@ class Settings(Branch):
     llm: LLMSettings = LLMSettings()
     planning: PlanningSettings = PlanningSettings()
     answer: AnswerSettings = AnswerSettings()
+    profiles: dict[ProfileName, ProfileSettings] = Field(default_factory=dict, description="more names of models")
     api: APISettings = APISettings()
     logging: LoggingSettings = LoggingSettings()
 

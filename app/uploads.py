@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import BinaryIO, TypeAlias
@@ -83,7 +83,7 @@ class UploadWriter:
 
     def open(self, *, num_expected_bytes: int = 0) -> None:
         """Make the folder, if there will be room."""
-        with _explained(self._parent):
+        with explained(self._parent):
             self._parent.mkdir(parents=True, exist_ok=True)
             self._require_space(num_expected_bytes)
             self._folder = Path(tempfile.mkdtemp(dir=self._parent))
@@ -94,7 +94,7 @@ class UploadWriter:
         """Begin the next file; with an error, one line that names it, what comes of it is dropped."""
         if error is None and len(name) > MAX_NAME_CHARACTERS:
             error = f"{name[:40]}...: the name has more than {MAX_NAME_CHARACTERS} characters: shorten it"
-        with _explained(self._parent):
+        with explained(self._parent):
             if error is None:
                 self._open = (self.folder / FILES / str(len(self._files))).open("wb")
         self._files.append(ReceivedFile(name[:MAX_NAME_CHARACTERS], 0, error))
@@ -105,7 +105,7 @@ class UploadWriter:
         room = self._limits.max_file_bytes - file.num_bytes
         self._files[-1] = ReceivedFile(file.name, file.num_bytes + len(content), file.error)
         if self._open is not None and room > 0:
-            with _explained(self._parent):
+            with explained(self._parent):
                 self._require_space(len(content))
                 self._open.write(content[:room])
 
@@ -113,7 +113,7 @@ class UploadWriter:
         """Close the file that was begun."""
         file = self._files[-1]
         if self._open is not None:
-            with _explained(self._parent):
+            with explained(self._parent):
                 self._open.close()
             self._open = None
         if file.num_bytes > self._limits.max_file_bytes:
@@ -122,7 +122,7 @@ class UploadWriter:
 
     def add_documents(self, documents: Iterable[Loaded]) -> None:
         """Write documents that came as such."""
-        with _explained(self._parent), (self.folder / FILES / DOCUMENTS).open("w", encoding="utf-8") as file:
+        with explained(self._parent), (self.folder / FILES / DOCUMENTS).open("w", encoding="utf-8") as file:
             for one in documents:
                 outcome = asdict(one.outcome) if isinstance(one.outcome, Document) else one.outcome.message
                 line = json.dumps({"name": one.name, "outcome": outcome}, ensure_ascii=False) + "\n"
@@ -132,12 +132,12 @@ class UploadWriter:
     def finish(self, metadata: Metadata) -> None:
         """Write down what has come, so that it can be read."""
         content = {"metadata": dict(metadata), "files": [asdict(file) for file in self._files]}
-        with _explained(self._parent):
+        with explained(self._parent):
             write_whole(self.folder / UPLOAD, json.dumps(content, ensure_ascii=False).encode())
 
     def hand_over(self, folder: Path) -> None:
         """Move it to where another takes care of it, and let go of it."""
-        with _explained(self._parent):
+        with explained(self._parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
             self.folder.rename(folder)
         self._folder = None
@@ -146,7 +146,8 @@ class UploadWriter:
     def close(self) -> None:
         """Remove what was not handed over."""
         if self._open is not None:
-            self._open.close()
+            with suppress(OSError):  # What is still in its buffer may not fit the disk.
+                self._open.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         if self._hold is not None:
@@ -162,7 +163,8 @@ class UploadWriter:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
+    """Turn what the file system says of a folder for uploads into one line that says what to do."""
     try:
         yield
     except OSError as error:

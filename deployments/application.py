@@ -12,7 +12,7 @@ from deployments.versions import versioned
 
 # The branches of the settings that a deployment reads, and whose change restarts it.
 KNOWLEDGE = ("data_dir", "seed", "embedding", "chunking", "store", "retrieval", "reranking", "api", "logging")
-BUSINESS = ("data_dir", "planning", "answer", "api", "retrieval", "logging")
+BUSINESS = ("data_dir", "planning", "answer", "profiles", "api", "retrieval", "logging")
 # Beside these, of `llm` the chat template, which is part of what a collection is stamped with.
 MODEL = ("data_dir", "llm", "logging")
 

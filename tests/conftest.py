@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -60,11 +61,15 @@ class ServiceThread(threading.Thread):
         await services.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the files run beside each other, but one cluster at a time (for `pytest --dist loadgroup`)."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where files run beside each other, begin with those that may take longest, so that none is left for the end."""
+    if config.getoption("dist", "no") == "no":
+        return
+    limits: dict[Path, float] = defaultdict(float)
     for item in items:
-        group = "cluster" if item.get_closest_marker("cluster") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+        if (timeout := item.get_closest_marker("timeout")) is not None:
+            limits[item.path] = max(limits[item.path], timeout.args[0])
+    items.sort(key=lambda item: -limits[item.path])
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import pytest_asyncio
 import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.models import OpenAPI
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from reportlab.lib.pdfencrypt import StandardEncryption
@@ -401,6 +401,12 @@ async def test_the_asynchronous_client_raises_what_breaks_a_stream(retriever: Lo
 
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
 TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def json_schema(**wrong: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": {}} | wrong}
+
+
 ANSWERED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 
 
@@ -430,8 +436,15 @@ ANSWERED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
         ({"n": 2}, "unsupported_parameter", "n"),
         ({"tools": [TOOL]}, "unsupported_parameter", "tools"),
         ({"logprobs": True}, "unsupported_parameter", "logprobs"),
-        ({"logit_bias": {"1": 2}}, "unsupported_parameter", "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+        ({"logit_bias": {"1": 101}}, "invalid_value", "logit_bias.1"),
+        ({"logit_bias": {"the": 1}}, "invalid_value", "logit_bias.the.[key]"),
+        ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
+        ({"response_format": {"type": "grammar"}}, "invalid_value", "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "invalid_value", "response_format.json_schema"),
+        ({"response_format": json_schema(name="a b")}, "invalid_value", "response_format.json_schema.name"),
+        ({"response_format": json_schema(schema=[])}, "invalid_value", "response_format.json_schema.schema"),
+        ({"response_format": json_schema(schema={"type": 3})}, "invalid_value", "response_format.json_schema.schema"),
+        ({"rag": {"dialect": "latex"}}, "invalid_value", "rag.dialect"),
         ({"rag": {"top_k": 0}}, "invalid_value", "rag.top_k"),
         ({"rag": {"top_k": 51}}, "invalid_value", "rag.top_k"),
         ({"rag": {"topk": 5}}, "invalid_value", "rag.topk"),
@@ -503,28 +516,40 @@ async def test_text_that_is_no_unicode_is_refused(client: httpx.AsyncClient, bod
     error_of(await client.post("/v1/chat/completions", content=body, headers=JSON), 400)
 
 
-KEYS = st.sampled_from(["role", "content", "type", "text", "filters", "top_k", "author"])
+KEYS = st.sampled_from("role content type text filters top_k author format schema key value name json_schema".split())
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = st.sampled_from(["messages", "model", "stream", "stop", "rag", "seed", "temperature", "stream_options", "n"])
+BODIES = {
+    "/v1/chat/completions": (
+        asking(),
+        "messages model stream stop rag seed temperature stream_options n response_format logit_bias".split(),
+    ),
+    "/v1/responses": ({"input": "Hi"}, "input model stream rag text tools include tool_choice instructions".split()),
+    "/v1/vector_stores/default/search": (
+        {"query": "Hi"},
+        "query filters max_num_results ranking_options rewrite_query".split(),
+    ),
+}
 
 
-@given(FIELDS, VALUES)
-def test_no_body_is_answered_with_an_internal_error(field: str, value: Any) -> None:
+@settings(deadline=None)
+@given(st.sampled_from(sorted(BODIES)), st.data())
+def test_no_body_is_answered_with_an_internal_error(route: str, data: st.DataObject) -> None:
     class Nothing:
         """A retriever that finds nothing."""
 
         async def search(self, query: SearchQuery) -> SearchResult:
             return SearchResult(())
 
+    body, fields = BODIES[route]
+    body = body | {data.draw(st.sampled_from(fields)): data.draw(VALUES)}
+
     async def post() -> httpx.Response:
         async with client_of(Nothing(), ScriptedLLM("Hi.")) as client:  # type: ignore[arg-type]
-            return await client.post(
-                "/v1/chat/completions", content=json.dumps(asking() | {field: value}), headers=JSON
-            )
+            return await client.post(route, content=json.dumps(body), headers=JSON)
 
     response = asyncio.run(post())
     assert response.status_code in (200, 400, 404), response.text
@@ -1103,7 +1128,12 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
     routes = {(path, method) for path, methods in described["paths"].items() for method in methods}
     assert routes == {
         ("/v1/chat/completions", "post"),
+        ("/v1/responses", "post"),
         ("/v1/models", "get"),
+        ("/v1/models/{model}", "get"),
+        ("/v1/vector_stores", "get"),
+        ("/v1/vector_stores/{vector_store_id}", "get"),
+        ("/v1/vector_stores/{vector_store_id}/search", "post"),
         ("/v1/documents", "post"),
         ("/v1/documents", "get"),
         ("/v1/documents", "delete"),

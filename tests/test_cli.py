@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -415,13 +416,15 @@ def error_reply(status: int, code: str, message: str, **headers: str) -> Reply:
 
 
 @contextmanager
-def scripted_service(*replies: Reply) -> Iterator[str]:
-    """A server on a real socket that gives each reply once, the last one for ever."""
+def scripted_service(*replies: Reply, received: list[Any] | None = None) -> Iterator[str]:
+    """A server on a real socket that gives each reply once, the last one for ever; bodies go to `received`."""
     remaining = list(replies)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if received is not None:
+                received.append(json.loads(body))
             reply = remaining.pop(0) if len(remaining) > 1 else remaining[0]
             self.send_response(reply.status)
             for name, value in reply.headers.items():
@@ -558,6 +561,78 @@ def test_a_reader_that_leaves_is_no_error(live_service: str) -> None:
     pipeline = f"{PROGRAM} documents show articles/chunk-by-heading.md --url {live_service} | head -1"
     done = subprocess.run(["/bin/sh", "-c", pipeline], capture_output=True, text=True, check=False)
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+# --- Conversation ----------------------------------------------------------------------------------------------------
+
+
+def turns(body: dict[str, Any]) -> list[str]:
+    return [message["content"] for message in body["messages"]]
+
+
+def test_questions_of_a_conversation_follow_on(live_service: str) -> None:
+    questions = f"{QUESTION}\n\nWhat had caused it?\n"
+    shown = cleave(live_service, "ask", "--chat", input=questions).stdout
+    first, _, second = shown.partition(" tokens\n")
+    assert "52 minutes" in first
+    assert "[1] Post-mortem" in second
+
+
+def test_a_conversation_holds_what_was_answered_and_only_that() -> None:
+    broken = error_reply(500, "internal_error", "It broke.")
+    received: list[Any] = []
+    replies = events(text_chunk("one"), "[DONE]"), broken, events(text_chunk("three"), "[DONE]")
+    with scripted_service(*replies, received=received) as url:
+        result = cleave(url, "ask", "--chat", "1?", input="2?\n3?\n")
+    assert [turns(body) for body in received] == [["1?"], ["1?", "one", "2?"], ["1?", "one", "3?"]]
+    assert (result.exit_code, result.stderr) == (1, "cleave: It broke.\n")
+
+
+def test_a_conversation_in_json_is_a_line_for_each_answer(live_service: str) -> None:
+    result = cleave(live_service, "ask", "--chat", "--json", input=f"{QUESTION}\nWhat had caused it?\n")
+    assert result.exit_code == 0
+    assert [json.loads(line)["object"] for line in result.stdout.splitlines()] == ["chat.completion"] * 2
+
+
+def test_in_a_conversation_ctrl_c_stops_the_answer_and_ctrl_d_ends_it() -> None:
+    master, terminal = pty.openpty()
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        command = [str(PROGRAM), "ask", "--chat", "1?", "--url", f"http://127.0.0.1:{server.getsockname()[1]}"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=terminal, stdout=pipe, stderr=pipe, preexec_fn=heed) as process:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1)
+                process.send_signal(signal.SIGINT)
+                assert process.stderr
+                while b"stopped" not in process.stderr.readline():
+                    pass
+            os.write(master, b"2?\n")
+            connection, _ = server.accept()
+            with connection:
+                request = b""
+                while not request.endswith(b"}"):
+                    request += connection.recv(2**16)
+                assert turns(json.loads(request.partition(b"\r\n\r\n")[2])) == ["2?"]
+                body = events(text_chunk("two"), "[DONE]").body
+                connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            os.write(master, b"\x04")
+            assert process.communicate(timeout=30)[0].startswith(b"two\n")
+    os.close(master)
+    os.close(terminal)
+    assert process.returncode == 0
+
+
+def test_the_shell_completes_verbs_and_ids(live_service: str) -> None:
+    def completions(words: str) -> str:
+        position = str(len(words.split(" ")) - 1)
+        environment = {"_CLEAVE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": position}
+        return cleave_program(live_service, **environment).stdout
+
+    assert completions("cleave docu").split() == ["documents"]
+    assert completions("cleave documents show articles/chunk").split() == ["articles/chunk-by-heading.md"]
+    assert completions("cleave documents show nothing-like-it").split() == []
 
 
 # --- Client ----------------------------------------------------------------------------------------------------------

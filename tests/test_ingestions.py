@@ -1,6 +1,7 @@
 """Ingestions in the background: their progress, their end, and what kills leave."""
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from app import ingestion_jobs
 from app.api import ingestions as routes
 from app.domain import Document, IngestReceipt
 from app.durable import Hold
-from app.errors import CollectionMismatch, IngestionNotFound, InvalidRequest, RetrieverUnavailable
+from app.errors import CollectionMismatch, IngestionNotFound, InvalidRequest, Overloaded, RetrieverUnavailable
 from app.ingestion_jobs import MAX_STARTS, Ingestion, IngestionJobs
 from app.settings import APISettings
 from app.uploads import Loaded
@@ -232,6 +233,29 @@ async def test_work_waits_for_a_retriever_that_is_down(tmp_path: Path, retriever
         done = await finished(jobs, sent)
     assert (done.status, done.notice, done.num_documents_done) == ("completed", None, 3)
     assert retriever.calls == [["a", "b"], ["a", "b"], ["c"]]
+
+
+async def test_work_goes_on_when_a_full_disk_has_room_again(
+    tmp_path: Path, retriever: StepwiseRetriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion_jobs, "MAX_RETRY_S", 0.02)
+    retriever.failures = [OSError(errno.ENOSPC, "No space left on device") for _ in range(2 * MAX_STARTS)]
+    async with working(tmp_path, retriever) as jobs:
+        done = await finished(jobs, await submit(jobs, "a", "b", "c"))
+    assert (done.status, done.num_documents_done) == ("completed", 3)
+
+
+async def test_too_many_that_wait_are_refused(
+    tmp_path: Path, retriever: StepwiseRetriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingestion_jobs, "MAX_KEPT", 0)
+    monkeypatch.setattr(ingestion_jobs, "MAX_WAITING", 2)
+    jobs = jobs_of(tmp_path, retriever)
+    for _ in range(2):
+        await jobs.check_room()
+        await submit(jobs, "a")
+    with pytest.raises(Overloaded):
+        await jobs.check_room()
 
 
 @pytest.mark.parametrize(
@@ -542,6 +566,7 @@ def service(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Clien
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_service_that_is_killed_in_the_middle_goes_on_after_its_start_and_ends(tmp_path: Path) -> None:
     ids = [f"d{n}" for n in range(600)]
     lines = "".join(json.dumps({"id": one, "text": f"What {one} says of tides and lamps."}) + "\n" for one in ids)

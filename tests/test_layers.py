@@ -19,6 +19,7 @@ LAYERS = [
         "chunking",
         "sparse",
         "citations",
+        "json_schema",
         "control_tokens",
         "fusion",
         "selection",

@@ -15,8 +15,8 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from app.domain import Delta, GenerationRequest, Message, Passage, Role, SamplingParams, Sentence
-from app.errors import ContextTooLong, LLMUnavailable
+from app.domain import Delta, GenerationRequest, JSONFormat, Message, Passage, Role, SamplingParams, Sentence
+from app.errors import ContextTooLong, LLMUnavailable, UnsupportedParameter
 from app.llm import LLM
 from app.llm.openai_http import OpenAIEngine
 from app.services import build_llm
@@ -209,15 +209,14 @@ async def small_server_behind_a_handle(folder: Path) -> AsyncIterator[Subject]:
     server.stop()
 
 
-ON_RAY = [pytest.mark.slow, pytest.mark.cluster]
 GENERATING = [
     small_server,
     pytest.param(vllm, marks=pytest.mark.slow),
     pytest.param(vllm_server, marks=pytest.mark.slow),
-    pytest.param(small_server_behind_a_handle, marks=ON_RAY),
-    pytest.param(vllm_behind_a_handle, marks=ON_RAY),
+    pytest.param(small_server_behind_a_handle, marks=pytest.mark.slow),
+    pytest.param(vllm_behind_a_handle, marks=pytest.mark.slow),
 ]
-QUOTING = [extractive, pytest.param(extractive_behind_a_handle, marks=ON_RAY)]
+QUOTING = [extractive, pytest.param(extractive_behind_a_handle, marks=pytest.mark.slow)]
 """They only quote: no sampling, no window, nothing that runs or could be taken away. What needs it is not asked."""
 
 # The fixture is built once for all tests of an engine: at no time are there two vLLMs.
@@ -306,6 +305,13 @@ async def test_many_are_answered_at_once(subject: Subject) -> None:
     answers = await asyncio.gather(*(deltas_of(subject, request) for request in many))
     assert all(deltas[-1].finish_reason for deltas in answers)
     assert (await subject.llm.info()).num_running == 0
+
+
+@pytest.mark.parametrize("subject", QUOTING, indirect=True, scope="module")
+async def test_an_engine_that_quotes_refuses_json_by_name(subject: Subject) -> None:
+    with pytest.raises(UnsupportedParameter, match="quoting engine") as caught:
+        await deltas_of(subject, asking(QUESTION, json=JSONFormat()))
+    assert caught.value.param == "response_format"
 
 
 @generating

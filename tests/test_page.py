@@ -402,6 +402,20 @@ def test_a_long_list_comes_in_pages(page: Page, add: Any) -> None:
     assert len(names) == len(set(names)) > 110
 
 
+def test_a_source_without_a_web_address_opens_its_document_at_the_passage(page: Page, add: Any) -> None:
+    text = "\n\n".join(f"## Night {n}\n\n" + f"On night {n} the keeper wrote of lamps. " * 20 for n in range(30))
+    add({"id": "nights/of <b>.md", "title": "Nights", "text": text})
+    ask(page, "What did the keeper write of on night 27?")
+    title = page.locator(".source-card.cited .title a").first
+    with page.expect_popup() as opened:
+        title.click()
+    marked = opened.value.locator("span:target")
+    expect(marked).to_contain_text("On night 27 the keeper wrote of lamps.")
+    colours = marked.evaluate("one => [one, document.body].map(each => getComputedStyle(each).backgroundColor)")
+    assert colours[0] != colours[1]
+    assert opened.value.evaluate("scrollY") > 0
+
+
 # --- Whoever has no mouse, a small screen, a dark room ---------------------------------------------------------------
 
 

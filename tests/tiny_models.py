@@ -13,21 +13,43 @@ TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }
 
 def make_model(folder: Path, *, says: str, max_length: int = 2048) -> Path:
     """Write a model that answers every prompt with `says`, again and again, until it has to stop."""
-    import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({word: n for n, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
+    return _make_llama(folder, len(VOCABULARY), says=VOCABULARY.index(says), max_length=max_length)
+
+
+def make_spelling_model(folder: Path, *, max_length: int = 2048) -> Path:
+    """Write a model that knows every byte, and writes the first of `"}]` or of the digits that it may write next."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    first = ["<s>", "</s>", '"', "}", "]", *"0123456789"]
+    vocabulary = [*first, *sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(first))]
+    spelling = Tokenizer(BPE({token: n for n, token in enumerate(vocabulary)}, []))
+    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelling.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelling, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return _make_llama(folder, len(vocabulary), says=vocabulary.index('"'), max_length=max_length, ends=1)
+
+
+def _make_llama(folder: Path, vocab_size: int, *, says: int, max_length: int, ends: int | None = None) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(VOCABULARY),
+            vocab_size=vocab_size,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,
@@ -35,7 +57,7 @@ def make_model(folder: Path, *, says: str, max_length: int = 2048) -> Path:
             num_key_value_heads=1,
             max_position_embeddings=max_length,
             bos_token_id=0,
-            eos_token_id=None,
+            eos_token_id=ends,
         )
     )
     # Attention and MLP add nothing, every token looks alike, and the head turns that into one word.
@@ -45,7 +67,7 @@ def make_model(folder: Path, *, says: str, max_length: int = 2048) -> Path:
         model.model.norm.weight.fill_(1)
         model.model.embed_tokens.weight.fill_(1)
         model.lm_head.weight.zero_()
-        model.lm_head.weight[VOCABULARY.index(says)] = 1
+        model.lm_head.weight[says] = 1
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 

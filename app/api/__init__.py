@@ -15,8 +15,11 @@ from app.api.facets import facets_router
 from app.api.health import health_router
 from app.api.ingestions import ingestions_router
 from app.api.middleware import BodyLimit, RequestContext, SameOrigin
+from app.api.models import models_router
+from app.api.responses import responses_router
 from app.api.search import search_router
 from app.api.uploads import uploads_router
+from app.api.vector_stores import vector_stores_router
 from app.services import Services
 
 WEB = Path(__file__).parent.parent / "web"
@@ -36,6 +39,9 @@ def create_api(services: Services) -> FastAPI:
     install_error_handlers(api)
     api.include_router(health_router(services))
     api.include_router(chat_router(services))
+    api.include_router(responses_router(services))
+    api.include_router(models_router(services))
+    api.include_router(vector_stores_router(services))
     api.include_router(uploads_router(services))
     api.include_router(documents_router(services))
     api.include_router(facets_router(services))

@@ -4,8 +4,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from app.api.answers import source
 from app.api.schemas import SearchRequest
-from app.api.sse import source
 from app.domain import Message, SearchQuery
 from app.errors import InvalidRequest
 from app.loaders import normalise

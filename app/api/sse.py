@@ -4,17 +4,18 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
-from urllib.parse import quote
 
+from app.api.answers import AnswerRecord
+from app.api.dialects import annotations, footer, source_events
 from app.api.errors import error_body, internal_error
 from app.chat import AnswerEnd, AnswerEvent, AnswerStart, AnswerText
-from app.domain import Passage, Refusal
+from app.domain import Dialect
 from app.errors import CleaveError
-from app.telemetry import request_id
 
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 HEARTBEAT_S = 10.0
 """A comment goes out after this much silence, before proxies take the connection for dead."""
 
@@ -23,29 +24,36 @@ class CompletionWriter:
     """Writes one answer in OpenAI's shapes; ids, time and model are the same in all of its chunks."""
 
     def __init__(
-        self, *, model: str, base_url: str, collection: str | None = None, include_usage: bool = False
+        self,
+        *,
+        model: str,
+        base_url: str,
+        collection: str | None = None,
+        include_usage: bool = False,
+        dialect: Dialect = "annotations",
+        is_json: bool = False,
     ) -> None:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._base_url = base_url.rstrip("/")
-        self._collection = collection
+        self._record = AnswerRecord(base_url=base_url, collection=collection)
         self._include_usage = include_usage
-        self._sources: Sequence[Passage] = ()
-        self._rag: dict[str, Any] = {}
+        self._dialect = dialect
+        self._is_json = is_json
 
     async def completion(self, events: AsyncIterator[AnswerEvent]) -> dict[str, Any]:
         """Collect the events into one `chat.completion`."""
-        text = ""
+        said = {"content": "", "refusal": ""}
         async for event in events:
             if isinstance(event, AnswerStart):
-                self._start(event)
+                self._record.start(event)
             elif isinstance(event, AnswerText):
-                text += event.text
+                said[self._place(event)] += event.text
             else:
+                rag = self._record.end(event)
                 message = {
                     "role": "assistant",
-                    "content": text,
-                    "annotations": self._annotations(event),
-                    "refusal": None,
+                    "content": None if said["refusal"] else said["content"] + self._footer(),
+                    "annotations": self._annotations(),
+                    "refusal": said["refusal"] or None,
                 }
                 choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": event.finish_reason}
                 return {
@@ -53,7 +61,7 @@ class CompletionWriter:
                     "object": "chat.completion",
                     "choices": [choice],
                     "usage": _usage(event),
-                    "rag": self._end(event),
+                    "rag": rag,
                 }
         raise RuntimeError("the answer ended without its last event")
 
@@ -62,26 +70,29 @@ class CompletionWriter:
         try:
             async for event in events:
                 for chunk in self._chunks(event):
-                    yield _data(chunk)
+                    yield data_line(chunk)
         except CleaveError as error:
-            yield _data(error_body(error))
+            yield data_line(error_body(error))
             return
         except Exception as error:
-            yield _data(error_body(internal_error(error)))
+            yield data_line(error_body(internal_error(error)))
             return
         yield "data: [DONE]\n\n"
 
     def _chunks(self, event: AnswerEvent) -> list[dict[str, Any]]:
         if isinstance(event, AnswerStart):
-            return [self._chunk({"role": "assistant", "content": ""}, rag=self._start(event))]
+            return [self._chunk({"role": "assistant", "content": ""}, rag=self._record.start(event))]
         if isinstance(event, AnswerText):
-            return [self._chunk({"content": event.text})]
-        rag = self._end(event)
-        summary = {key: rag[key] for key in rag if key != "sources"}
-        chunks = [
-            self._chunk({"annotations": self._annotations(event)}, rag=summary),
-            self._chunk({}, finish_reason=event.finish_reason),
-        ]
+            return [self._chunk({self._place(event): event.text})]
+        self._record.end(event)
+        chunks = [self._chunk({"content": footer})] if (footer := self._footer()) else []
+        summary: dict[str, Any] = {"annotations": self._annotations()}
+        if self._dialect == "openwebui":
+            # Its reader makes a source of each annotation too.
+            found = source_events(self._record.sources, self._record.citations)
+            chunks += [{"event": one} for one in found]
+            summary = {}
+        chunks += [self._chunk(summary, rag=self._record.summary), self._chunk({}, finish_reason=event.finish_reason)]
         if self._include_usage:
             chunks.append({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(event)})
         return chunks
@@ -91,73 +102,16 @@ class CompletionWriter:
         usage = {"usage": None} if self._include_usage else {}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **usage, **extension}
 
-    def _start(self, event: AnswerStart) -> dict[str, Any]:
-        self._sources = event.sources
-        self._rag = {
-            "request_id": request_id.get(),
-            "sources": [{"n": n, **source(one)} for n, one in enumerate(event.sources, start=1)],
-            "rewritten_query": event.query,
-            "recognised_filters": dict(event.recognised_filters),
-            "notice": event.notice,
-            "degraded": list(event.degraded),
-        }
-        return self._rag
+    def _place(self, event: AnswerText) -> str:
+        """Where JSON is expected, a refusal in words has a field of its own."""
+        return "refusal" if self._is_json and event.is_refusal else "content"
 
-    def _end(self, event: AnswerEnd) -> dict[str, Any]:
-        return {
-            **self._rag,
-            "presented": list(range(1, event.num_presented + 1)),
-            "cited": sorted({citation.n for citation in event.citations}),
-            "grounded": event.grounded,
-            "refusal": _refusal(event.refusal),
-            "unsupported": list(event.unsupported),
-            "removed_markers": event.num_removed_markers,
-            "degraded": list(event.degraded),
-            "timings_ms": dict(event.timings_ms),
-        }
+    def _footer(self) -> str:
+        return footer(self._record.sources, self._record.citations) if self._dialect == "markdown" else ""
 
-    def _annotations(self, event: AnswerEnd) -> list[dict[str, Any]]:
-        return [
-            {
-                "type": "url_citation",
-                "url_citation": {
-                    "url": self._url(self._sources[citation.n - 1]),
-                    "title": self._sources[citation.n - 1].title,
-                    "start_index": citation.start,
-                    "end_index": citation.end,
-                },
-            }
-            for citation in event.citations
-        ]
-
-    def _url(self, passage: Passage) -> str:
-        """Every passage has an address that resolves: its own, or that of its document here."""
-        if passage.url.startswith(("http://", "https://")):
-            return passage.url
-        chunk = passage.chunk_id.rpartition("#")[2]
-        return f"{self._base_url}{document_path(passage.document_id, self._collection)}#{chunk}"
-
-
-def document_path(document_id: str, collection: str | None = None) -> str:
-    """Give the path of a document in this API, which leads to it whatever its id is."""
-    # A browser would take the segments "." and ".." for steps, so that there the slash must not look like one.
-    has_steps = not {".", ".."}.isdisjoint(document_id.split("/"))
-    query = "" if collection is None else f"?collection={collection}"
-    return f"/v1/documents/{quote(document_id, safe='' if has_steps else '/')}{query}"
-
-
-def source(passage: Passage) -> dict[str, Any]:
-    """Show a passage as clients see it."""
-    return {
-        "document_id": passage.document_id,
-        "chunk_id": passage.chunk_id,
-        "title": passage.title,
-        "url": passage.url,
-        "metadata": dict(passage.metadata),
-        "text": passage.text,
-        "score": round(passage.score, 6),
-        "also_in": list(passage.also_in),
-    }
+    def _annotations(self) -> list[dict[str, Any]]:
+        found = annotations(self._record.sources, self._record.citations)
+        return [{"type": "url_citation", "url_citation": one} for one in found]
 
 
 async def with_heartbeats(lines: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
@@ -180,13 +134,8 @@ async def with_heartbeats(lines: AsyncGenerator[str, None]) -> AsyncGenerator[st
             await asyncio.gather(pending, return_exceptions=True)
 
 
-def _refusal(refusal: Refusal | None) -> dict[str, Any] | None:
-    if refusal is None:
-        return None
-    return {"reason": refusal.reason, "score": round(refusal.score, 4), "missing": list(refusal.missing)}
-
-
-def _data(body: dict[str, Any]) -> str:
+def data_line(body: Mapping[str, Any]) -> str:
+    """Write one server-sent event."""
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 

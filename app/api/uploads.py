@@ -79,6 +79,8 @@ def uploads_router(services: Services) -> APIRouter:
         if not is_form and not background:
             documents = await asyncio.to_thread(_parse, await request.body())
             return JSONResponse(await _ingest(retriever, _from_json(documents), collection))
+        if background:
+            await ingestions.check_room()
         async with _received(request, ingestions, is_form=is_form) as upload:
             if background:
                 accepted = await ingestions.submit(upload, collection=collection)

@@ -18,6 +18,7 @@ class LLM(Protocol):
 
         Raises:
             ContextTooLong: the messages alone do not fit, before the first delta.
+            InvalidRequest: what is asked of the sampling cannot be done, likewise.
             LLMUnavailable: the engine is down.
         """
         ...

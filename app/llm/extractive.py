@@ -6,7 +6,7 @@ It stands in when the language model is down, and can be chosen as the engine it
 from collections.abc import AsyncGenerator
 
 from app.domain import Delta, GenerationRequest, ModelInfo
-from app.errors import LLMUnavailable
+from app.errors import LLMUnavailable, UnsupportedParameter
 from app.grounding import choose_quotes, quote, rank_evidence
 
 
@@ -15,6 +15,11 @@ class ExtractiveEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """Stream one quote per delta; see `app.llm.LLM.generate`."""
+        if request.sampling.json:
+            raise UnsupportedParameter(
+                "The quoting engine writes no JSON. Leave response_format out, or set llm.engine to one with a model.",
+                param="response_format",
+            )
         quotes = choose_quotes(rank_evidence(request.messages[-1].content, request.passages))
         if not quotes:
             raise LLMUnavailable(

@@ -12,7 +12,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from app.control_tokens import control_pattern, defused
-from app.domain import Delta, FinishReason, GenerationRequest, Message, ModelInfo
+from app.domain import Delta, FinishReason, GenerationRequest, JSONFormat, Message, ModelInfo
 from app.errors import (
     CleaveError,
     ConfigurationError,
@@ -210,6 +210,10 @@ class OpenAIEngine:
             body["seed"] = sampling.seed
         if sampling.stop:
             body["stop"] = list(sampling.stop)
+        if sampling.logit_bias:
+            body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
+        if sampling.json:
+            body["response_format"] = _response_format(sampling.json)
         return json.dumps(body)
 
     # --- What goes wrong -------------------------------------------------------------------------------------------
@@ -252,7 +256,8 @@ class OpenAIEngine:
         if 400 <= status < 500 and status != 408:
             if _is_about_context(said):
                 return ContextTooLong(f"The prompt does not fit the model's context window{said}.", param="messages")
-            return InvalidRequest(f"The language model's server refuses the request ({status}){said}.")
+            message = f"The language model's server refuses the request ({status}){said}."
+            return InvalidRequest(message, param=_param_of(body))
         message = f"The language model's server at {self._url} has failed ({status}){said}."
         return LLMUnavailable(message, retry_after_s=retry_after_s or 10)
 
@@ -367,6 +372,15 @@ def _wire(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in defused(messages, CONTROL)]
 
 
+def _response_format(wanted: JSONFormat) -> dict[str, Any]:
+    if wanted.schema is None:
+        return {"type": "json_object"}
+    described: dict[str, Any] = {"name": wanted.name, "schema": json.loads(wanted.schema)}
+    if wanted.is_strict is not None:
+        described["strict"] = wanted.is_strict
+    return {"type": "json_schema", "json_schema": described}
+
+
 async def _chunks(response: httpx.Response) -> AsyncGenerator[_Chunk, None]:
     async with aclosing(_events(response)) as events:
         async for data in events:
@@ -430,6 +444,15 @@ def _message_of(error: object) -> str:
     if isinstance(error, Mapping):
         error = error.get("message") or error.get("detail")
     return _first_line(error).rstrip(".") if isinstance(error, str) else ""
+
+
+def _param_of(body: bytes) -> str | None:
+    """Find which field an error object is about."""
+    try:
+        param = json.loads(body)["error"]["param"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return param[:MAX_QUOTED] if isinstance(param, str) else None
 
 
 def _retry_after_s(header: str) -> int | None:

@@ -1,0 +1,86 @@
+"""Files that are whole or not there, and folders that one process holds."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from app.durable import Hold, finish_in_thread, write_whole
+from tests.conftest import ROOT
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from app.durable import Hold
+hold = Hold.take(Path(sys.argv[1]))
+print(hold is not None, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_is_held_once_until_it_is_let_go(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    hold = Hold.take(folder)
+    assert hold is not None
+    assert Hold.take(folder) is None
+    folder.rename(tmp_path / "two")
+    assert Hold.take(folder) is None, "it is gone"
+    assert Hold.take(tmp_path / "two") is None, "it is still the same"
+    hold.release()
+    hold.release()
+    with Hold.take(tmp_path / "two") or pytest.fail("it is free"):
+        assert Hold.take(tmp_path / "two") is None
+    again = Hold.take(tmp_path / "two")
+    assert again is not None
+    del again
+    assert Hold.take(tmp_path / "two") is not None
+
+
+def test_a_process_that_is_killed_lets_go(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        assert Hold.take(tmp_path) is None
+        process.kill()
+        process.wait()
+    assert Hold.take(tmp_path) is not None
+
+
+def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.json"
+    write_whole(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("The power is gone.")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="power"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    write_whole(path, b"newer")
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("state.json", b"newer")]
+
+
+async def test_who_is_cancelled_waits_for_the_end_of_what_was_begun() -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+    steps: list[str] = []
+
+    def work() -> None:
+        has_begun.set()
+        may_end.wait()
+        steps.append("worked")
+
+    task = asyncio.create_task(finish_in_thread(work))
+    await asyncio.to_thread(has_begun.wait)
+    task.cancel()
+    asyncio.get_running_loop().call_later(0.05, may_end.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert steps == ["worked"]
