@@ -1,6 +1,5 @@
 """Make the screenshots of docs/page: `python -m tests.page_screenshots`."""
 
-import asyncio
 import io
 import tempfile
 from collections.abc import Callable
@@ -11,10 +10,10 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from app.errors import LLMUnavailable
-from tests.page_service import DROP, QUESTION, PageService, ask, open_browser, send
+from tests.page_service import DROP, QUESTION, PageService, ask, open_browser
 
 FOLDER = Path(__file__).parent.parent / "docs" / "page"
-DESK = {"width": 1200, "height": 720}
+DESK = {"width": 1200, "height": 640}
 PHONE = {"width": 390, "height": 760}
 COLOURS = 128
 
@@ -25,12 +24,6 @@ def answer(page: Page, service: PageService) -> None:
     page.hover(".marker")
 
 
-def streaming(page: Page, service: PageService) -> None:
-    service.llm.play("The outage **lasted 52 minutes**, from 14:06 to 14:58 [1]. During it", asyncio.Event(), "")
-    send(page, QUESTION)
-    expect(page.locator(".body")).to_contain_text("During it")
-
-
 def flagged(page: Page, service: PageService) -> None:
     service.llm.play("The outage lasted 52 minutes [1]. It began with a lightning strike in Aberdeen.")
     ask(page, QUESTION)
@@ -38,10 +31,14 @@ def flagged(page: Page, service: PageService) -> None:
     page.hover("h1")
 
 
-def degraded_and_refused(page: Page, service: PageService) -> None:
+def degraded(page: Page, service: PageService) -> None:
     service.llm.play(LLMUnavailable("Away."))
     ask(page, "How many requests failed during the Reading Room outage?")
+
+
+def refused(page: Page, service: PageService) -> None:
     ask(page, "Who won the 1998 football World Cup?")
+    page.click(".retrieved summary")
 
 
 def filters(page: Page, service: PageService) -> None:
@@ -63,9 +60,9 @@ STATES: list[tuple[str, Callable[[Page, PageService], None], dict[str, Any]]] = 
     ("answer", answer, {"viewport": DESK}),
     ("answer-dark", answer, {"viewport": DESK, "color_scheme": "dark"}),
     ("answer-phone", answer, {"viewport": PHONE, "color_scheme": "dark"}),
-    ("streaming", streaming, {"viewport": DESK}),
     ("flagged", flagged, {"viewport": DESK}),
-    ("degraded-and-refused", degraded_and_refused, {"viewport": DESK}),
+    ("degraded", degraded, {"viewport": DESK}),
+    ("refused", refused, {"viewport": DESK}),
     ("filters", filters, {"viewport": DESK}),
     ("documents", documents, {"viewport": DESK}),
 ]

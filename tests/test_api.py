@@ -1108,6 +1108,21 @@ async def test_every_answer_has_the_security_headers(client: httpx.AsyncClient, 
 
 
 @in_one_loop
+async def test_facets_are_listed_with_the_number_of_documents(client: httpx.AsyncClient) -> None:
+    [author] = (await client.get("/v1/facets")).json()["data"]
+    assert author == {
+        "object": "facet",
+        "field": "author",
+        "values": [{"value": "Noor", "count": 1}, {"value": "Teodor", "count": 1}],
+        "num_values": 2,
+    }
+    [shortened] = (await client.get("/v1/facets", params={"limit": 1})).json()["data"]
+    assert (len(shortened["values"]), shortened["num_values"]) == (1, 2)
+    error_of(await client.get("/v1/facets", params={"limit": 0}), 400)
+    error_of(await client.get("/v1/facets", params={"collection": "absent"}), 404)
+
+
+@in_one_loop
 async def test_the_page_and_all_that_it_names_load(client: httpx.AsyncClient) -> None:
     page = await client.get("/")
     assert page.headers["content-type"].startswith("text/html")

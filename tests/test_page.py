@@ -393,13 +393,13 @@ def test_a_document_is_listed_and_deleted_after_asking(page: Page, add: Any) -> 
 
 
 def test_a_long_list_comes_in_pages(page: Page, add: Any) -> None:
-    add(*({"id": f"page-{n}", "title": f"Page {n}", "text": f"Text {n}."} for n in range(100)))
+    add(*({"id": f"page-{n}", "title": f"Page {n}", "text": f"Text {n}."} for n in range(40)))
     page.click("#open-documents")
-    expect(page.locator(".document-row")).to_have_count(100)
+    expect(page.locator(".document-row")).to_have_count(50)
     page.click("#more-documents")
     expect(page.locator("#more-documents")).to_be_hidden()
     names = page.locator(".document-row").evaluate_all("(rows) => rows.map((row) => row.dataset.id)")
-    assert len(names) == len(set(names)) > 110
+    assert len(names) == len(set(names)) >= 54
 
 
 def test_a_source_without_a_web_address_opens_its_document_at_the_passage(page: Page, add: Any) -> None:
@@ -496,9 +496,9 @@ def test_axe_finds_nothing_in_the_main_states(page: Page, service: PageService, 
         pytest.skip("axe-core cannot be fetched from the npm registry")
     axe = (package / "axe.min.js").read_text(encoding="utf-8")
     page.emulate_media(color_scheme=colours, reduced_motion="reduce")
+    page.evaluate(axe)
 
     def check(state: str) -> None:
-        page.evaluate(axe)
         found = page.evaluate("axe.run({ runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'best-practice'] })")
         assert found["passes"]
         broken = [(one["id"], [node["target"] for node in one["nodes"]]) for one in found["violations"]]

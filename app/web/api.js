@@ -4,7 +4,7 @@ import { request, requestJson, RequestError, sendForm, serverEvents } from "./ht
 import { hasKey } from "./key.js";
 
 const MODEL = "cleave";
-const DOCUMENTS_PER_PAGE = 100;
+const DOCUMENTS_PER_PAGE = 50;
 
 /** The chunks of one streamed completion. A stream that ends without `[DONE]` was cut off. */
 export async function* completionChunks({ messages, rag }, signal) {
