@@ -167,11 +167,11 @@ function pathOf({ document_id: id, chunk_id: chunk }) {
   return documentPath(id, chunk.slice(chunk.lastIndexOf("#") + 1));
 }
 
-/** Show of a passage the blocks with cited sentences, or the first that is no heading; the rest at a click. */
+/** Show of a passage the blocks with cited sentences, or the first paragraph; the rest at a click. */
 function excerpt(card) {
   const blocks = [...card.querySelector(".passage").children];
   const cites = blocks.filter((block) => block.matches(".cites") || block.querySelector(".cites"));
-  const shown = cites.length ? cites : [blocks.find((block) => !block.matches(".heading")) ?? blocks[0]];
+  const shown = cites.length ? cites : [blocks.find((block) => block.matches("p:not(.heading)")) ?? blocks[0]];
   for (const block of blocks) block.classList.toggle("shown", shown.includes(block));
   card.querySelector(".toggle").hidden = blocks.every((block) => shown.includes(block));
 }
