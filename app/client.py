@@ -5,7 +5,6 @@ What the service reports comes out as the error that it raised inside; when no s
 """
 
 import asyncio
-import ipaddress
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -16,14 +15,18 @@ from urllib.parse import quote
 
 import httpx
 
+from app.addresses import is_loopback
 from app.domain import Document, Filters, Message, Ranking
 from app.errors import (
+    AccessDenied,
     CleaveError,
     CollectionMismatch,
     ConfigurationError,
+    InvalidKey,
     InvalidRequest,
     NotFound,
     Overloaded,
+    RateLimited,
     TooLarge,
     Unavailable,
     UnreadableFile,
@@ -56,21 +59,27 @@ class ServiceUnreachable(Unavailable):
 class Client:
     """A connection to the service at `url`; an asynchronous context manager.
 
-    `collection` is the one that all requests are about; None: the service's own. `transport` leads to a service that
-    has no address, in this process.
+    `collection` is the one that all requests are about; None: the service's own, or the key's. `api_key` is sent with
+    each. `transport` leads to a service that has no address, in this process.
     """
 
     def __init__(
-        self, url: str, *, collection: str | None = None, transport: httpx.AsyncBaseTransport | None = None
+        self,
+        url: str,
+        *,
+        collection: str | None = None,
+        api_key: str | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = _normalise_url(url)
         self._collection = {} if collection is None else {"collection": collection}
         self._http = httpx.AsyncClient(
             base_url=self.url,
             transport=transport,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
             timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             # A proxy from the environment must not come between this machine and itself.
-            trust_env=not _is_loopback(httpx.URL(self.url).host),
+            trust_env=not is_loopback(httpx.URL(self.url).host),
         )
 
     async def __aenter__(self) -> Self:
@@ -232,6 +241,8 @@ class Client:
                 f"{self.url} answered {response.status_code} {response.reason_phrase} without saying why. "
                 "Is it a Cleave service, and is it up?"
             )
+        if isinstance(error, InvalidKey):
+            error = InvalidKey(f"{error.message} `cleave` takes it from the environment variable CLEAVE_API_KEY.")
         error.retry_after_s = retry_after_s
         return error
 
@@ -268,13 +279,6 @@ def _normalise_url(url: str) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ConfigurationError(f"--url: {url!r} is not an address. Write it like http://127.0.0.1:8000.")
     return url.rstrip("/")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def _server_sent_data(pieces: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
@@ -492,7 +496,7 @@ async def _deliver(batch: Sequence[Item], send: Send) -> list[Record]:
 async def _send(items: Sequence[tuple[str, Any]], send: Send) -> list[Record]:
     try:
         return await patiently(lambda: send(items))
-    except Unavailable:
+    except (Unavailable, AccessDenied, RateLimited):
         raise
     except InvalidRequest as error:
         if len(items) == 1:
@@ -504,13 +508,13 @@ async def _send(items: Sequence[tuple[str, Any]], send: Send) -> list[Record]:
 
 
 async def patiently(request: Callable[[], Awaitable[T]]) -> T:
-    """Try again while the service is busy or restarting, when it says so; not when there is none."""
+    """Try again while the service is busy or restarting, or the key's minute is used up; not when there is none."""
     for attempt in range(1, MAX_TRIES):
         try:
             return await request()
         except (ServiceUnreachable, CollectionMismatch):
             raise
-        except Unavailable as error:
+        except (Unavailable, RateLimited) as error:
             wait_s = 2.0 ** (attempt - 1) if error.retry_after_s is None else error.retry_after_s
             await asyncio.sleep(min(wait_s, MAX_WAIT_S))
     return await request()

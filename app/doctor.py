@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from app.addresses import reaches_loopback_only
 from app.config import Config, load_config
 from app.dashboard import dashboard_address, waiting_in_cluster
 from app.errors import ConfigurationError, Unavailable
+from app.keys import check_keys, keys_path, read_keys
 from app.models import (
     check_chat_model,
     is_prepared,
@@ -108,6 +110,7 @@ def _check_service(config: Config | None, settings: Settings, readiness: Record 
     is_running = readiness is not None
     yield check_lock(settings, lock_holder(settings), is_running=is_running)
     if config:
+        yield check_access(config)
         yield check_port(config.port, port_problem(config.host, config.port), is_running=is_running)
         dashboard_problem = port_problem("127.0.0.1", DASHBOARD_PORT)
         yield check_dashboard_port(dashboard_problem, is_running=is_running)
@@ -529,6 +532,27 @@ def check_placement(address: str, waiting: Sequence[str] | None) -> Finding:
     return Finding("placement", "ok", "every replica has a node")
 
 
+def check_access(config: Config) -> Finding:
+    """Who is let in?"""
+    path = keys_path(config.settings)
+    try:
+        check_keys(config)
+        keys = read_keys(path)
+    except ConfigurationError as error:
+        return Finding("keys", "failed", error.message, "Do one of what the message says.")
+    if not keys:
+        if not reaches_loopback_only(config.host):
+            detail = "none, and access.allow_without_keys lets every machine in that reaches the port"
+            return Finding("keys", "warning", detail, "Keep a gateway that authenticates in front of it.")
+        if path.exists() or config.settings.access.keys_file:
+            return Finding("keys", "warning", f"none in {path}, so nobody is let in", "Run `cleave keys create NAME`.")
+        return Finding("keys", "ok", "none: requests from this machine only are answered")
+    if path.stat().st_mode & 0o077:
+        return Finding("keys", "warning", f"{path} can be read by other users of this machine", f"chmod 600 {path}")
+    num_expired = sum(key.is_expired for key in keys)
+    return Finding("keys", "ok", f"{len(keys)} in {path}" + (f", {num_expired} expired" if num_expired else ""))
+
+
 def check_readiness(url: str, readiness: Record | None) -> Finding:
     """Is the running service, if there is one, able to answer?"""
     if readiness is None:
@@ -538,8 +562,11 @@ def check_readiness(url: str, readiness: Record | None) -> Finding:
     match readiness["status"]:
         case "ready":
             held = parts.get("retriever", {})
-            detail = f"ready at {url}: {held.get('num_documents')} documents, {held.get('num_chunks')} chunks"
-            return Finding("service", "ok", detail)
+            # Where there are keys, how many documents they hold is not told to everyone.
+            sizes = (
+                f": {held['num_documents']} documents, {held['num_chunks']} chunks" if "num_documents" in held else ""
+            )
+            return Finding("service", "ok", f"ready at {url}{sizes}")
         case "degraded":
             return Finding("service", "warning", f"answers only in quotes ({reasons})", "See the service's log.")
     is_mismatch = parts.get("retriever", {}).get("code") == "collection_mismatch"

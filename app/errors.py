@@ -9,6 +9,10 @@ CleaveError
  |   +- TooLarge              413
  |   +- TooSlow               408
  |   +- CrossOrigin           403
+ +- AccessDenied              403  who sent it may not do this
+ |   +- InvalidKey            401
+ |   +- Forbidden             403
+ +- RateLimited               429  the key's budget of this minute is used up; `retry_after_s` says when there is more
  +- NotFound                  404
  |   +- ModelNotFound         404
  |   +- DocumentNotFound      404
@@ -19,6 +23,7 @@ CleaveError
  |   |   +- LLMCold           503
  |   +- RetrieverUnavailable  503
  |   +- CollectionMismatch    503
+ |   +- KeysUnreadable        503
  |   +- Overloaded            429
  +- WriteConflict             409  others write the same document all the time
  +- DeletionFailed            500  a deleted document is still found
@@ -98,6 +103,33 @@ class CrossOrigin(InvalidRequest):
     code = "cross_origin"
 
 
+class AccessDenied(CleaveError):
+    """Whoever sent the request may not do this."""
+
+    status = 403
+    code = "forbidden"
+    type = "invalid_request_error"
+
+
+class InvalidKey(AccessDenied):
+    """No key, or one that is not, or no longer, valid."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(AccessDenied):
+    """More than the key may do, or a request from elsewhere to a service without keys."""
+
+
+class RateLimited(CleaveError):
+    """The key has used up its requests or its tokens of this minute."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    type = "rate_limit_error"
+
+
 class NotFound(CleaveError):
     """There is no such thing."""
 
@@ -159,6 +191,12 @@ class CollectionMismatch(Unavailable):
     """The collection was written with other settings than the service's; until it is rebuilt, nobody uses it."""
 
     code = "collection_mismatch"
+
+
+class KeysUnreadable(Unavailable):
+    """The file of keys is broken; until it is repaired, nobody is let in."""
+
+    code = "keys_unreadable"
 
 
 class Overloaded(Unavailable):

@@ -23,7 +23,7 @@ from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from app.domain import Document, IngestReceipt
 from app.durable import FULL, Hold, finish_in_thread, write_whole
@@ -105,6 +105,45 @@ class Result:
 
 
 FIELDS = frozenset(field.name for field in fields(Ingestion))
+
+
+class Ingestions(Protocol):
+    """Takes uploads in and says how far they are."""
+
+    def new_upload(self) -> UploadWriter:
+        """Give what writes an upload where it can be taken over."""
+        ...
+
+    async def check_room(self) -> None:
+        """Raise `Overloaded` when too many wait."""
+        ...
+
+    async def submit(self, upload: UploadWriter, *, collection: str | None) -> Ingestion:
+        """Take over a finished upload; from here on it survives this process."""
+        ...
+
+    async def read(self, ingestion_id: str) -> Ingestion:
+        """Say how far one is. Raises `IngestionNotFound`."""
+        ...
+
+    async def results(self, ingestion_id: str, *, after: int, limit: int) -> list[Result]:
+        """Give results in the order of the documents, those behind the cursor `after`; 0 is the beginning.
+
+        Raises `IngestionNotFound`, and `InvalidRequest` when the cursor is none.
+        """
+        ...
+
+    async def recent(self, *, after: str | None, limit: int, collection: str | None = None) -> list[Ingestion]:
+        """List ingestions, the newest first, starting behind the id `after`; only one collection's if it is named."""
+        ...
+
+    async def cancel(self, ingestion_id: str) -> Ingestion:
+        """Have one end; what is ingested stays. One that is worked on ends within a second. Raises as `read`."""
+        ...
+
+    async def close(self) -> None:
+        """Stop working; another process, or this one after its next start, goes on."""
+        ...
 
 
 class _Cancelled(Exception):
@@ -191,11 +230,7 @@ class IngestionJobs:
     def _read(self, ingestion_id: str) -> Ingestion:
         if ID.fullmatch(ingestion_id) and (found := _read_state(self._path(ingestion_id))):
             return found
-        raise IngestionNotFound(
-            f"There is no ingestion {ingestion_id!r} here: it ended more than a day ago, or it is on another machine, "
-            "with which this one shares no data_dir.",
-            param="id",
-        )
+        raise no_ingestion(ingestion_id)
 
     def _results(self, ingestion_id: str, after: int, limit: int) -> list[Result]:
         self._read(ingestion_id)
@@ -466,3 +501,12 @@ def _read_state(folder: Path) -> Ingestion | None:
 
 def _write_state(folder: Path, ingestion: Ingestion) -> None:
     write_whole(folder / STATE, json.dumps(asdict(ingestion), ensure_ascii=False).encode())
+
+
+def no_ingestion(ingestion_id: str) -> IngestionNotFound:
+    """Say that there is none by this id, or none that may be seen."""
+    return IngestionNotFound(
+        f"There is no ingestion {ingestion_id!r} here: it ended more than a day ago, or it is on another machine, "
+        "with which this one shares no data_dir.",
+        param="id",
+    )

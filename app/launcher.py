@@ -1,6 +1,5 @@
 """`cleave serve`: check what can be checked, run `serve run`, say how far it is, and stop all of it at Ctrl-C."""
 
-import ipaddress
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from rich.console import Console
 from app.config import Config, load_config
 from app.dashboard import waiting_in_cluster
 from app.errors import ConfigurationError
+from app.keys import check_keys, keys_path, read_keys
 from app.models import is_prepared
 from app.settings import Device
 
@@ -59,16 +59,11 @@ def serve(config_path: Path) -> int:
     console = Console(stderr=True, highlight=False)
     try:
         config = load_config(config_path)
+        check_keys(config)
         check_machine(config)
     except ConfigurationError as error:
         console.print(f"[red]cleave:[/red] {error.message}", soft_wrap=True)
         return 2
-    if not ipaddress.ip_address(socket.gethostbyname(config.host)).is_loopback:
-        console.print(
-            f"[yellow]cleave:[/yellow] http_options.host: {config.host} is open to others. There are no keys yet: "
-            "whoever reaches the port can read, add and delete documents.",
-            soft_wrap=True,
-        )
     log = config.settings.data_dir / "logs" / "serve.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -218,7 +213,10 @@ def _progress(config: Config, readiness: dict[str, Any]) -> list[str]:
     parts = readiness.get("parts", {})
     if parts.get("retriever", {}).get("status") == "ok":
         held = parts["retriever"]
-        reached.append(f"retriever is ready: {held['num_documents']} documents, {held['num_chunks']} chunks")
+        # Where there are keys, how many documents they hold is not told to everyone.
+        is_told = "num_documents" in held
+        sizes = f": {held['num_documents']} documents, {held['num_chunks']} chunks" if is_told else ""
+        reached.append(f"retriever is ready{sizes}")
     if parts.get("retriever", {}).get("code") == "collection_mismatch":
         reached.append(f"not ready: {parts['retriever']['error']}")
     if parts.get("llm", {}).get("status") == "ok":
@@ -242,10 +240,13 @@ def _readiness(config: Config) -> dict[str, Any]:
 
 def _how_to_ask(config: Config, dashboard: str, log: Path) -> str:
     url = config.url
+    has_keys = bool(read_keys(keys_path(config.settings)))
+    header = ' -H "Authorization: Bearer $CLEAVE_API_KEY"' if has_keys else ""
+    hint = "\n  key        export CLEAVE_API_KEY=...   (one that `cleave keys create` showed)" if has_keys else ""
     return f"""
-[bold green]Cleave is ready.[/bold green]
+[bold green]Cleave is ready.[/bold green]{hint}
   ask        cleave ask "How long did the Reading Room outage last?"
-             curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+             curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\
                -d '{{"messages": [{{"role": "user", "content": "How long did the Reading Room outage last?"}}]}}'
   chat page  {url}/
   API docs   {url}/docs

@@ -5,7 +5,7 @@ import gc
 import os
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.catalog import LocalRetriever
@@ -13,7 +13,7 @@ from app.chat import ChatService
 from app.collection import IndexBuilder
 from app.domain import Document, Grounding
 from app.errors import CollectionMismatch, ConfigurationError
-from app.ingestion_jobs import IngestionJobs
+from app.ingestion_jobs import IngestionJobs, Ingestions
 from app.llm import LLM
 from app.llm.openai_http import OpenAIEngine, check_url
 from app.loaders import SUFFIXES, load_file, walk
@@ -33,7 +33,12 @@ class Services:
     retriever: Retriever
     llm: LLM
     chat: ChatService
-    ingestions: IngestionJobs
+    ingestions: Ingestions
+
+    def over(self, retriever: Retriever, llm: LLM, ingestions: Ingestions) -> "Services":
+        """Put other parts in the place of these."""
+        chat = self.chat.over(retriever, llm)
+        return replace(self, retriever=retriever, llm=llm, chat=chat, ingestions=ingestions)
 
     async def close(self) -> None:
         """Stop what runs in this process."""

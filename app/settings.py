@@ -162,6 +162,19 @@ class APISettings(Branch):
     min_free_bytes: int = Field(2**30, ge=0, description="of disk under data_dir that uploads leave alone")
 
 
+class AccessSettings(Branch):
+    """Who may use the service, and how much."""
+
+    keys_file: Path | None = Field(None, description="default: keys.json in data_dir")
+    allow_without_keys: bool = Field(False, description="serve other machines too while there are no keys")
+    rates_url: str = Field(
+        "memory://",
+        pattern=r"^(memory://|rediss?://.+|redis\+unix://.+)",
+        repr=False,
+        description="where rates are counted: each replica by itself, or all in one Redis",
+    )
+
+
 class LoggingSettings(Branch):
     """Structured logs on standard error."""
 
@@ -184,6 +197,7 @@ class Settings(Branch):
     answer: AnswerSettings = AnswerSettings()
     profiles: dict[ProfileName, ProfileSettings] = Field(default_factory=dict, description="more names of models")
     api: APISettings = APISettings()
+    access: AccessSettings = AccessSettings()
     logging: LoggingSettings = LoggingSettings()
 
     def only(self, *branches: str) -> "Settings":

@@ -22,26 +22,40 @@ class JSONFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Render one record."""
-        entry = {
+        entry: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "message": record.getMessage(),
         }
         if current := request_id.get():
             entry["request_id"] = current
-        entry |= {key: value for key, value in vars(record).items() if key not in _STANDARD_FIELDS}
+        entry |= _extra(record)
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
+class TextFormatter(logging.Formatter):
+    """One readable line: time, level, message, and whatever `extra` was given."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # As the standard library calls it.
+        """Render one record without its exception."""
+        fields = {"request_id": request_id.get() or None, **_extra(record)}
+        told = (f" {name}={value}" for name, value in fields.items() if value is not None)
+        return super().formatMessage(record) + "".join(told)
+
+
+def _extra(record: logging.LogRecord) -> dict[str, object]:
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS}
+
+
 def configure_logging(settings: LoggingSettings) -> None:
     """Send Cleave's own log to standard error, once per process, whatever the host program logs."""
     handler = logging.StreamHandler(sys.stderr)
-    if settings.format == "json":
-        handler.setFormatter(JSONFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(JSONFormatter() if settings.format == "json" else TextFormatter())
     logger.handlers = [handler]
     logger.setLevel(settings.level)
     logger.propagate = False

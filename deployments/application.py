@@ -12,8 +12,9 @@ from deployments.versions import versioned
 
 # The branches of the settings that a deployment reads, and whose change restarts it.
 KNOWLEDGE = ("data_dir", "seed", "embedding", "chunking", "store", "retrieval", "reranking", "api", "logging")
-BUSINESS = ("data_dir", "planning", "answer", "profiles", "api", "retrieval", "logging")
-# Beside these, of `llm` the chat template, which is part of what a collection is stamped with.
+BUSINESS = ("data_dir", "planning", "answer", "profiles", "api", "access", "retrieval", "logging")
+# Beside these, of `llm` the chat template, which is part of what a collection is stamped with; and of `store` the name
+# of the collection that a request means when it names none, which the Ingress checks against the key.
 MODEL = ("data_dir", "llm", "logging")
 
 
@@ -35,7 +36,7 @@ def two_tier(settings: Settings) -> Application:
 def three_tier(settings: Settings) -> Application:
     """API, retrieval and LLM each apart, each scaled by itself."""
     device = _device(settings)
-    own = _decided(settings, device).only(*BUSINESS)
+    own = _with_collection_name(_decided(settings, device).only(*BUSINESS), settings)
     knowledge = _with_chat_template(settings.only(*KNOWLEDGE), settings)
     # It holds nothing that two could not hold: the new replicas start before the old ones end.
     ingress = Ingress.options(ray_actor_options=business_options(device, num_cpus=0.2), max_surge_percent=100)
@@ -54,6 +55,11 @@ def _llm(settings: Settings, device: Device) -> Application:
 def _with_chat_template(own: Settings, settings: Settings) -> Settings:
     llm = own.llm.model_copy(update={"chat_template": settings.llm.chat_template})
     return own.model_copy(update={"llm": llm})
+
+
+def _with_collection_name(own: Settings, settings: Settings) -> Settings:
+    store = own.store.model_copy(update={"collection": settings.store.collection})
+    return own.model_copy(update={"store": store})
 
 
 def _decided(settings: Settings, device: Device) -> Settings:

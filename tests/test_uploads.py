@@ -114,8 +114,9 @@ def wait_until(is_reached: Any) -> None:
 def test_a_body_that_hardly_comes_is_given_up_and_leaves_nothing(
     running: Running, content_type: str, drips: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(middleware, "SLOW_BODY_GRACE_S", 0.4)
-    begin = part(b"slow.md", b"x" * 1000) if content_type == FORM else b'{"documents": ['
+    monkeypatch.setattr(middleware, "SLOW_BODY_PATIENCE_S", 0.4)
+    # However much came before.
+    begin = part(b"slow.md", b"x" * 90_000) if content_type == FORM else b'{"documents": [' + b" " * 90_000
     with running.connect() as connection:
         connection.sendall(head(content_type=content_type, Content_Length="100000") + begin)
         stop = threading.Event()

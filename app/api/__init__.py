@@ -2,16 +2,19 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
+from app.api.authentication import Authentication, is_open
 from app.api.chat import chat_router
 from app.api.collections import collections_router
 from app.api.documents import documents_router
 from app.api.errors import install_error_handlers
 from app.api.facets import facets_router
+from app.api.guards import GuardedIngestions, GuardedLLM, GuardedRetriever
 from app.api.health import health_router
 from app.api.ingestions import ingestions_router
 from app.api.middleware import BodyLimit, RequestContext, SameOrigin
@@ -20,34 +23,63 @@ from app.api.responses import responses_router
 from app.api.search import search_router
 from app.api.uploads import uploads_router
 from app.api.vector_stores import vector_stores_router
+from app.keys import KeyFile
+from app.rates import Rates
 from app.services import Services
 
 WEB = Path(__file__).parent.parent / "web"
+ROUTERS = (
+    chat_router,
+    responses_router,
+    models_router,
+    vector_stores_router,
+    uploads_router,
+    documents_router,
+    facets_router,
+    ingestions_router,
+    search_router,
+    collections_router,
+)
+
+
+class API(FastAPI):
+    """An application whose description says of each route whether it needs a key."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe the routes."""
+        if self.openapi_schema is None:
+            described = super().openapi()
+            schemes = described.setdefault("components", {}).setdefault("securitySchemes", {})
+            schemes["key"] = {"type": "http", "scheme": "bearer", "description": "A key of `cleave keys create`."}
+            for path, operations in described["paths"].items():
+                for operation in operations.values():
+                    if not is_open(path):
+                        operation["security"] = [{"key": []}]
+            self.openapi_schema = described
+        return self.openapi_schema
 
 
 def create_api(services: Services) -> FastAPI:
-    """Build the application; it holds no state of its own."""
-    api = FastAPI(
+    """Build the application. Its own state is what it has read of the keys, and the rates that it counts."""
+    api = API(
         title="Cleave",
         version=version("cleave"),
         description="Answers from your own writing, with citations. The chat routes speak OpenAI's API.",
     )
-    limits = services.settings.api
+    settings, keys = services.settings, KeyFile(services.settings)
+    rates = Rates(settings.access)
+    limits = settings.api
     api.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
     api.add_middleware(SameOrigin)
+    api.add_middleware(Authentication, settings=settings, keys=keys, rates=rates)
     api.add_middleware(RequestContext)
     install_error_handlers(api)
-    api.include_router(health_router(services))
-    api.include_router(chat_router(services))
-    api.include_router(responses_router(services))
-    api.include_router(models_router(services))
-    api.include_router(vector_stores_router(services))
-    api.include_router(uploads_router(services))
-    api.include_router(documents_router(services))
-    api.include_router(facets_router(services))
-    api.include_router(ingestions_router(services))
-    api.include_router(search_router(services))
-    api.include_router(collections_router(services))
+    api.include_router(health_router(services, keys))
+    guarded = services.over(
+        GuardedRetriever(services.retriever), GuardedLLM(services.llm, rates), GuardedIngestions(services.ingestions)
+    )
+    for router in ROUTERS:
+        api.include_router(router(guarded))
     api.mount("/web", StaticFiles(directory=WEB), name="web")
 
     @api.get("/", include_in_schema=False)

@@ -20,7 +20,11 @@ def error_body(error: CleaveError) -> dict[str, Any]:
 
 def error_response(error: CleaveError) -> JSONResponse:
     """Answer with an error: its status, its object, and when to try again if that is known."""
-    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), error.status, headers)
 
 

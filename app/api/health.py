@@ -10,12 +10,15 @@ from fastapi.responses import JSONResponse
 
 from app.api.errors import internal_error
 from app.errors import CleaveError, LLMCold
+from app.keys import KeyFile
 from app.services import Services
 
 PROBE_TIMEOUT_S = 2.0
+SHOWN_TO_ALL = frozenset({"status", "error", "code", "embedding_model"})
+"""Of the retriever, where there are keys."""
 
 
-def health_router(services: Services) -> APIRouter:
+def health_router(services: Services, keys: KeyFile) -> APIRouter:
     """Build the routes over the given parts."""
     router = APIRouter(tags=["health"])
 
@@ -33,6 +36,9 @@ def health_router(services: Services) -> APIRouter:
             status, code = "not_ready", 503
         else:
             status, code = ("degraded" if "error" in llm else "ready"), 200
+        if await keys.are_needed():
+            # Anybody may ask, and the documents are their owners' business.
+            retriever = {key: value for key, value in retriever.items() if key in SHOWN_TO_ALL}
         details: dict[str, Any] = {}
         if verbose is not None or code != 200:
             details = {"parts": {"retriever": retriever, "llm": llm}, "limits": services.settings.api.model_dump()}

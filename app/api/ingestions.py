@@ -9,12 +9,11 @@ from typing import Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from app.api.chat import STREAM_HEADERS
 from app.api.errors import error_body, internal_error
 from app.api.schemas import InCollection
-from app.api.sse import with_heartbeats
+from app.api.sse import STREAM_HEADERS, with_heartbeats
 from app.errors import CleaveError, InvalidRequest
-from app.ingestion_jobs import Ingestion, IngestionJobs
+from app.ingestion_jobs import Ingestion, Ingestions
 from app.services import Services
 
 LOOK_S = 0.5
@@ -96,7 +95,7 @@ def ingestion_body(ingestion: Ingestion) -> dict[str, Any]:
     }
 
 
-async def _events(ingestions: IngestionJobs, ingestion_id: str, after: int) -> AsyncGenerator[str, None]:
+async def _events(ingestions: Ingestions, ingestion_id: str, after: int) -> AsyncGenerator[str, None]:
     shown: dict[str, Any] = {}
     try:
         while True:

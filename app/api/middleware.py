@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.authentication import CALLER
 from app.api.errors import error_response, internal_error
 from app.errors import CrossOrigin, TooLarge, TooSlow
 from app.telemetry import logger, request_id
@@ -31,9 +32,9 @@ PAGES_WITH_OWN_POLICY = frozenset({"/docs", "/redoc"})
 
 
 UPLOAD = ("POST", "/v1/documents")
-SLOW_BODY_GRACE_S = 30.0
+SLOW_BODY_PATIENCE_S = 30.0
 SLOWEST_BODY_BYTES_PER_S = 8192
-"""On average, beyond the grace: so a client that sends a byte now and then holds nothing for long."""
+"""A client that sends less for so long, such as a byte now and then, must not hold what others need."""
 
 
 class RequestContext:
@@ -83,9 +84,11 @@ class RequestContext:
                     "request",
                     extra={
                         "method": scope["method"],
+                        "route": getattr(scope.get("route"), "path", None),
                         "path": scope["path"],
                         "status": status or None,
                         "duration_ms": round((time.perf_counter() - started) * 1000),
+                        **(scope[CALLER].audit() if CALLER in scope else {}),
                     },
                 )
             request_id.reset(token)
@@ -151,7 +154,7 @@ class _LimitedBody:
         self._receive = receive
         self._max_bytes = max_bytes
         self._num_received = 0
-        self._waited_s = 0.0
+        self._patience_s = SLOW_BODY_PATIENCE_S
         self._is_complete = False
         self.is_refused = False
 
@@ -159,20 +162,21 @@ class _LimitedBody:
         """Pass on the next piece. Raises `TooLarge` and `TooSlow`."""
         if self._is_complete:
             return await self._receive()
-        # Only the waiting counts, not what is done with the pieces.
-        left_s = SLOW_BODY_GRACE_S + self._num_received / SLOWEST_BODY_BYTES_PER_S - self._waited_s
+        # Waiting uses it up, and what comes renews it; what is done with the pieces does not count.
         started = time.monotonic()
         try:
-            async with asyncio.timeout(left_s):
+            async with asyncio.timeout(self._patience_s):
                 message = await self._receive()
         except TimeoutError:
             self.is_refused = True
             raise TooSlow(
-                f"The body came too slowly: after {SLOW_BODY_GRACE_S:g} s it must have come with "
-                f"{SLOWEST_BODY_BYTES_PER_S} bytes a second. Send it again over a better connection."
+                f"The body came too slowly: with less than {SLOWEST_BODY_BYTES_PER_S} bytes a second for "
+                f"{SLOW_BODY_PATIENCE_S:g} s. Send it again over a better connection."
             ) from None
-        self._waited_s += time.monotonic() - started
-        self._num_received += len(message.get("body", b""))
+        num_bytes = len(message.get("body", b""))
+        renewed_s = self._patience_s + num_bytes / SLOWEST_BODY_BYTES_PER_S - (time.monotonic() - started)
+        self._patience_s = min(renewed_s, SLOW_BODY_PATIENCE_S)
+        self._num_received += num_bytes
         self._is_complete = not message.get("more_body", False)
         self.check_length(self._num_received)
         return message

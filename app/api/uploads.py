@@ -11,13 +11,14 @@ from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 
+from app.access import caller
 from app.api.ingestions import ingestion_body
 from app.api.multipart import receive_form
 from app.api.schemas import DocumentBody, DocumentsBody, InCollection
 from app.domain import Document, Scalar
 from app.durable import finish_in_thread
 from app.errors import InvalidRequest, UnreadableFile
-from app.ingestion_jobs import IngestionJobs
+from app.ingestion_jobs import Ingestions
 from app.loaders import normalise
 from app.retrieval import Retriever
 from app.services import Services
@@ -71,6 +72,8 @@ def uploads_router(services: Services) -> APIRouter:
 
         Each is reported by itself: `created`, `updated`, `unchanged` or `failed` with the reason.
         """
+        # Before the body is read, and also where nothing in it can be ingested.
+        collection = caller.get().writable(collection)
         content_type = request.headers.get("content-type", "").lower()
         is_form = content_type.startswith("multipart/form-data")
         if not is_form and not content_type.startswith("application/json"):
@@ -93,7 +96,7 @@ def uploads_router(services: Services) -> APIRouter:
 
 
 @asynccontextmanager
-async def _received(request: Request, ingestions: IngestionJobs, *, is_form: bool) -> AsyncIterator[UploadWriter]:
+async def _received(request: Request, ingestions: Ingestions, *, is_form: bool) -> AsyncIterator[UploadWriter]:
     """Write what is sent to disk as it comes. What nobody takes over goes at the end.
 
     Raises `InvalidRequest` when the client leaves in the middle.

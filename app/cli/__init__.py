@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from app.cli import ask, doctor, documents, evaluate, ingest, reindex, search, serve
+from app.cli import ask, doctor, documents, evaluate, ingest, keys, reindex, search, serve
 from app.cli.output import FAILED, exit_code, fail
 from app.errors import CleaveError
 
@@ -75,8 +75,20 @@ main.command(epilog="Example: cleave search 'size of the KV cache' --top-k 3 --j
 main.command("eval", epilog="Example: cleave eval sets/handbook --json new.json --baseline old.json")(evaluate.evaluate)
 main.command(epilog="Example: cleave reindex --config serve_config.yaml")(reindex.reindex)
 
-one_document = typer.Typer(invoke_without_command=True, epilog="Example: cleave documents --json | jq -r '.[].id'")
-one_document.callback()(documents.list_documents)
-one_document.command(epilog="Example: cleave documents show notes/plan.md")(documents.show)
-one_document.command(epilog="Example: cleave documents delete notes/plan.md --yes")(documents.delete)
-main.add_typer(one_document, name="documents")
+of_documents = typer.Typer(invoke_without_command=True, epilog="Example: cleave documents --json | jq -r '.[].id'")
+of_documents.callback()(documents.list_documents)
+of_documents.command(epilog="Example: cleave documents show notes/plan.md")(documents.show)
+of_documents.command(epilog="Example: cleave documents delete notes/plan.md --yes")(documents.delete)
+main.add_typer(of_documents, name="documents")
+
+of_keys = typer.Typer(
+    no_args_is_help=True,
+    help="Create, list and revoke the keys that the service takes.",
+    epilog="Example: cleave keys create acme --read acme --write acme --requests-per-minute 60",
+)
+of_keys.command(epilog="Example: cleave keys create acme --read 'acme*' --write acme --requests-per-minute 60")(
+    keys.create
+)
+of_keys.command("list", epilog="Example: cleave keys list --json")(keys.list_keys)
+of_keys.command(epilog="Example: cleave keys revoke acme")(keys.revoke)
+main.add_typer(of_keys, name="keys")

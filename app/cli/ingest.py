@@ -14,7 +14,7 @@ from rich.text import Text
 from app.cli.connection import call
 from app.cli.options import DEFAULT_URL, URL, AsJSON
 from app.cli.output import FAILED, WRONG_USE, fail, open_console, open_progress, open_table, print_json, printable
-from app.errors import Unavailable
+from app.errors import AccessDenied, RateLimited, Unavailable
 
 if TYPE_CHECKING:
     from app.client import Client, FoundFiles, Record
@@ -81,7 +81,7 @@ def ingest(
     summary.add(found.failures)
     try:
         call(url, lambda client: _send_files(client, found, summary))
-    except Unavailable:
+    except (Unavailable, AccessDenied, RateLimited):
         # What was sent before stays sent, and running again goes on from there.
         if summary.counts:
             _print_summary(summary, as_json)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from app.errors import CleaveError, CollectionMismatch, ConfigurationError, InvalidRequest, Unavailable
+from app.errors import AccessDenied, CleaveError, CollectionMismatch, ConfigurationError, InvalidRequest, Unavailable
 from app.self_query import describe
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def print_error(message: str) -> None:
 
 def exit_code(error: CleaveError) -> int:
     """Choose the exit code of an error."""
-    if isinstance(error, InvalidRequest | ConfigurationError | CollectionMismatch):
+    if isinstance(error, InvalidRequest | AccessDenied | ConfigurationError | CollectionMismatch):
         return WRONG_USE
     return UNREACHABLE if isinstance(error, Unavailable) else FAILED
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from app.client import Client, Record, patiently, send_documents
-from app.errors import CleaveError, InvalidRequest, NotFound, Unavailable
+from app.errors import AccessDenied, CleaveError, InvalidRequest, NotFound, RateLimited, Unavailable
 from app.evaluation.measures import Measures, means, measure_answer, measure_rankings, percentiles
 from app.evaluation.sets import EvaluationSet, Question
 
@@ -116,7 +116,7 @@ async def search(client: Client, evaluation_set: EvaluationSet, advance: Advance
         one = Asked(question.id, question.text, is_answerable=True)
         try:
             one.ranking, one.timings_ms = await _search(client, question)
-        except Unavailable:
+        except (Unavailable, AccessDenied, RateLimited):
             raise
         except CleaveError as error:
             warnings.append(f"question {question.id} failed, which counts as nothing found: {error.message}")
@@ -138,7 +138,7 @@ async def answer(client: Client, evaluation_set: EvaluationSet, asked: list[Aske
         relevant = evaluation_set.judgements[question.id] if one.is_answerable else None
         try:
             text, rag = await _answer(client, question)
-        except Unavailable:
+        except (Unavailable, AccessDenied, RateLimited):
             raise
         except CleaveError as error:
             warnings.append(f"question {question.id} got no answer, which counts as a wrong one: {error.message}")

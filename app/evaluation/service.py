@@ -20,10 +20,10 @@ from app.client import Client
 from app.errors import InvalidRequest, NotFound
 from app.llm.extractive import ExtractiveEngine
 from app.services import build_llm, build_retriever, build_services, decide_grounding, spare_from_collection
-from app.settings import Device, Settings, StoreSettings
+from app.settings import AccessSettings, Device, Settings, StoreSettings
 from app.telemetry import logger
 
-WITHOUT_EFFECT = {"data_dir", "seed", "store", "api", "logging"}
+WITHOUT_EFFECT = {"data_dir", "seed", "store", "api", "access", "logging"}
 """Settings that do not change what is found and answered."""
 SECRET = re.compile(r"key|token$|password|secret", re.IGNORECASE)
 CREDENTIALS = re.compile(r"(?<=//)[^/@\s]*@")
@@ -50,7 +50,7 @@ async def in_process(settings: Settings, name: str, *, with_llm: bool, is_kept: 
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cleave-evaluation-")))
         store = StoreSettings(collection=_collection(name, is_kept=is_kept))
-        own = settings.model_copy(update={"data_dir": folder, "seed": None, "store": store})
+        own = settings.model_copy(update={"data_dir": folder, "seed": None, "store": store, "access": AccessSettings()})
         device = await asyncio.to_thread(_device, settings)
         retriever = await build_retriever(own)
         llm = await build_llm(settings, device) if with_llm else ExtractiveEngine()
@@ -72,7 +72,7 @@ async def over_http(url: str, name: str, *, is_kept: bool) -> AsyncIterator[Targ
         InvalidRequest: the service has one collection only, which is the user's.
     """
     collection = _collection(name, is_kept=is_kept)
-    async with Client(url, collection=collection) as client:
+    async with Client(url, collection=collection, api_key=os.environ.get("CLEAVE_API_KEY")) as client:
         try:
             await client.collections()
         except NotFound:
