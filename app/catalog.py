@@ -10,6 +10,7 @@ from app.domain import (
     CollectionInfo,
     DeletionReceipt,
     Document,
+    Facet,
     Filters,
     IngestReceipt,
     ReindexStatus,
@@ -99,6 +100,11 @@ class LocalRetriever:
         """See `Retriever.info`."""
         async with self._reading(collection) as index:
             return await index.info()
+
+    async def facets(self, *, limit: int, collection: str | None = None) -> list[Facet]:
+        """See `Retriever.facets`."""
+        async with self._reading(collection) as index:
+            return await index.facets(limit=limit)
 
     async def collections(self) -> list[CollectionInfo]:
         """See `Retriever.collections`."""

@@ -289,6 +289,16 @@ class RetrieverInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Facet:
+    """A metadata field with the values that most documents have, each with their number, the most frequent first."""
+
+    field: str
+    values: tuple[tuple[Scalar, int], ...]
+    num_values: int
+    """All that the field has."""
+
+
+@dataclass(frozen=True, slots=True)
 class CollectionInfo:
     """One collection of a service; `embedding_model` is the one that wrote it."""
 

@@ -12,6 +12,7 @@ from app.domain import (
     CollectionInfo,
     DeletionReceipt,
     Document,
+    Facet,
     Filters,
     IngestReceipt,
     Passage,
@@ -95,6 +96,10 @@ class Retriever(Protocol):
 
     async def info(self, *, collection: str | None = None) -> RetrieverInfo:
         """Say what is held."""
+        ...
+
+    async def facets(self, *, limit: int, collection: str | None = None) -> list[Facet]:
+        """List the metadata fields, by name, each with up to `limit` of its values."""
         ...
 
     async def collections(self) -> list[CollectionInfo]:
@@ -232,6 +237,11 @@ class Index:
             filter_fields=await self._store.filter_fields(),
             embedding_model=self._embedder.model_name,
         )
+
+    async def facets(self, *, limit: int) -> list[Facet]:
+        """List the metadata fields with up to `limit` values each."""
+        counts = await self._store.value_counts()
+        return [Facet(field, tuple(found[:limit]), len(found)) for field, found in sorted(counts.items())]
 
     async def close(self) -> None:
         """Release the store."""

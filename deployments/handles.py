@@ -18,6 +18,7 @@ from app.domain import (
     DeletionReceipt,
     Delta,
     Document,
+    Facet,
     Filters,
     GenerationRequest,
     IngestReceipt,
@@ -90,6 +91,10 @@ class RetrieverHandle:
     async def info(self, *, collection: str | None = None) -> RetrieverInfo:
         """See `Retriever.info`."""
         return cast(RetrieverInfo, await self._call("info", collection=collection))
+
+    async def facets(self, *, limit: int, collection: str | None = None) -> list[Facet]:
+        """See `Retriever.facets`."""
+        return cast(list[Facet], await self._call("facets", limit=limit, collection=collection))
 
     async def collections(self) -> list[CollectionInfo]:
         """See `Retriever.collections`."""

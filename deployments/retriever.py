@@ -11,6 +11,7 @@ from app.domain import (
     CollectionInfo,
     DeletionReceipt,
     Document,
+    Facet,
     Filters,
     IngestReceipt,
     ReindexStatus,
@@ -78,6 +79,10 @@ class Retriever:
     async def info(self, *, collection: str | None) -> RetrieverInfo:
         """Say what is held."""
         return await self._retriever.info(collection=collection)
+
+    async def facets(self, *, limit: int, collection: str | None) -> list[Facet]:
+        """List metadata fields and values."""
+        return await self._retriever.facets(limit=limit, collection=collection)
 
     async def collections(self) -> list[CollectionInfo]:
         """List the collections."""

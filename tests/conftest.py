@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from app.api import create_api
+from app.llm import LLM
 from app.services import build_services
 from app.settings import LLMSettings, Settings, StoreSettings
 
@@ -23,9 +24,10 @@ ARTICLES = ROOT / "examples" / "articles"
 class ServiceThread(threading.Thread):
     """The API over real parts: the bundled encoder, Qdrant in memory, the engine that quotes."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, llm: LLM | None = None) -> None:
         super().__init__(name="live-service", daemon=True)
         self._settings = settings
+        self._llm = llm
         # Listening from the start: whoever connects early waits until the server accepts.
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._server: Future[uvicorn.Server] = Future()
@@ -46,8 +48,13 @@ class ServiceThread(threading.Thread):
         self._server.result().should_exit = True
         self.join()
 
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Call something in the thread of the service."""
+        self._loop.call_soon_threadsafe(callback)
+
     async def _serve(self) -> None:
-        services = await build_services(self._settings, device="cpu")
+        self._loop = asyncio.get_running_loop()
+        services = await build_services(self._settings, device="cpu", llm=self._llm)
         server = uvicorn.Server(uvicorn.Config(create_api(services), log_config=None))
         self._server.set_result(server)
         await server.serve(sockets=[self._socket])

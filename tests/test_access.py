@@ -42,6 +42,7 @@ ROUTES: list[tuple[str, str, str, Any]] = [
     ("GET", "/v1/documents/memo?collection=other", "read", None),
     ("DELETE", "/v1/documents/x?collection=other", "write", None),
     ("POST", "/v1/search", "read", {"query": "crane", "collection": "other"}),
+    ("GET", "/v1/facets?collection=other", "read", None),
     ("GET", "/v1/collections", "any", None),
     ("DELETE", "/v1/collections/other", "write", None),
     ("GET", "/v1/reindex?collection=other", "admin", None),
@@ -247,7 +248,7 @@ async def test_a_missing_collection_is_said_without_naming_others(service: Keyed
 
 @in_one_loop
 @pytest.mark.parametrize(
-    "path", ["/", "/livez", "/health", "/readyz", "/readyz?verbose", "/docs", "/openapi.json", "/web/chat.js"]
+    "path", ["/", "/livez", "/health", "/readyz", "/readyz?verbose", "/docs", "/openapi.json", "/web/main.js"]
 )
 async def test_what_is_the_same_for_everyone_needs_no_key(
     service: KeyedService, keys: dict[str, str], path: str

@@ -1096,13 +1096,30 @@ async def test_the_own_page_may_change_what_it_likes(client: httpx.AsyncClient) 
 
 
 @in_one_loop
-@pytest.mark.parametrize("path", ["/", "/livez", "/v1/models", "/v1/nothing", "/web/chat.js"])
+@pytest.mark.parametrize("path", ["/", "/livez", "/v1/models", "/v1/nothing", "/web/main.js"])
 async def test_every_answer_has_the_security_headers(client: httpx.AsyncClient, path: str) -> None:
     headers = (await client.get(path)).headers
     policy = dict(one.split(" ", 1) for one in headers["content-security-policy"].split("; "))
-    assert (policy["default-src"], policy["frame-ancestors"]) == ("'self'", "'none'")
+    assert (policy["default-src"], policy["frame-ancestors"]) == ("'none'", "'none'")
+    assert {policy[kind] for kind in ("script-src", "style-src", "img-src", "connect-src")} == {"'self'"}
+    assert (policy["require-trusted-types-for"], policy["trusted-types"]) == ("'script'", "'none'")
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
+
+
+@in_one_loop
+async def test_facets_are_listed_with_the_number_of_documents(client: httpx.AsyncClient) -> None:
+    [author] = (await client.get("/v1/facets")).json()["data"]
+    assert author == {
+        "object": "facet",
+        "field": "author",
+        "values": [{"value": "Noor", "count": 1}, {"value": "Teodor", "count": 1}],
+        "num_values": 2,
+    }
+    [shortened] = (await client.get("/v1/facets", params={"limit": 1})).json()["data"]
+    assert (len(shortened["values"]), shortened["num_values"]) == (1, 2)
+    error_of(await client.get("/v1/facets", params={"limit": 0}), 400)
+    error_of(await client.get("/v1/facets", params={"collection": "absent"}), 404)
 
 
 @in_one_loop
@@ -1110,7 +1127,7 @@ async def test_the_page_and_all_that_it_names_load(client: httpx.AsyncClient) ->
     page = await client.get("/")
     assert page.headers["content-type"].startswith("text/html")
     named = re.findall(r'(?:src|href)="(/[^"]+)"', page.text)
-    assert {"/web/chat.js", "/web/style.css"} <= set(named)
+    assert {"/web/main.js", "/web/base.css"} <= set(named)
     for path in named:
         assert (await client.get(path)).status_code == 200, path
     assert not re.search(r"<script>|<style>|\son\w+=|style=", page.text), "the policy forbids inline code"

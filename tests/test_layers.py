@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_no_module_of_the_service_imports_ray(path: Path) -> None:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not any(name.split(".")[0] in ("ray", "deployments") for name in names)
+
+
+def test_the_modules_of_the_page_import_each_other_in_no_circle() -> None:
+    imports = {
+        path.name: set(re.findall(r'from "\./([\w/.]+)"', path.read_text(encoding="utf-8")))
+        for path in (APP / "web").glob("*.js")
+    }
+    order = list(TopologicalSorter(imports).static_order())
+    assert order[-1] == "main.js"
+    assert all((APP / "web" / name).exists() for name in order)
 
 
 def docstrings(tree: ast.AST) -> set[ast.AST]:

@@ -164,6 +164,23 @@ async def test_metadata_values_are_those_of_the_chunks_that_a_search_finds(store
     }
 
 
+async def test_metadata_values_are_counted_by_document(store: Store) -> None:
+    await put(store, "a", "one", "two", author="Ann", year=2024, draft=True)
+    await put(store, "b", "three", "four", "five", author="Ann", year=2024.0, draft=1)
+    await put(store, "c", "six", author="Cy")
+    await put(store, "c", "seven", author="Bo")
+    await put(store, "d", "eight", author="Di")
+    await delete(store, "d")
+    counts = {
+        field: [(repr(value), count) for value, count in found] for field, found in (await store.value_counts()).items()
+    }
+    assert counts == {
+        "author": [("'Ann'", 2), ("'Bo'", 1)],
+        "year": [("2024", 2)],
+        "draft": [("1", 1), ("True", 1)],
+    }
+
+
 async def test_documents_come_in_pages_without_gaps_or_repeats(store: Store) -> None:
     names = [f"document {number}" for number in range(25)]
     for name in names:

@@ -137,7 +137,9 @@ reads = tenants.flatmap(
         Read,
         st.just(tenant),
         collection_of(tenant, READABLE),
-        st.sampled_from(["chat", "stream", "search", "search", "candidate", "list", "read", "collections", "ready"]),
+        st.sampled_from(
+            ["chat", "stream", "search", "search", "candidate", "list", "read", "facets", "collections", "ready"]
+        ),
         st.sampled_from(QUESTIONS),
         st.sampled_from(FILTERS),
         st.sampled_from(DOCUMENT_IDS),
@@ -197,6 +199,7 @@ async def read(world: World, step: Read) -> None:
         "candidate": lambda: client.post("/v1/search", json={**search, "index": "candidate"}),
         "list": lambda: client.get("/v1/documents", params=params),
         "read": lambda: client.get(f"/v1/documents/{step.document_id}", params=params),
+        "facets": lambda: client.get("/v1/facets", params=params),
         "collections": lambda: client.get("/v1/collections"),
         "ready": lambda: client.get("/readyz?verbose"),
     }
@@ -222,6 +225,9 @@ async def read(world: World, step: Read) -> None:
             listed = response.json()
             assert listed["total"] == len(world.held[name])
             assert {one["id"]: one["metadata"]["case"] for one in listed["data"]} == world.held[name]
+    if step.action == "facets" and name in world.held:
+        facets = {one["field"]: one["values"] for one in response.json()["data"]}
+        assert {one["value"] for one in facets.get("case", [])} == set(world.held[name].values())
     if step.action == "search" and not step.filters and world.held.get(name):
         assert TOKEN.search(response.text), "what is its own is found"
 

@@ -131,7 +131,7 @@ REQUESTS: dict[str, Request] = {
     "ready-verbose": get("/readyz?verbose", holds=('"num_documents": 14', '"engine": "vllm"', '"num_running": 0')),
     "models": get("/v1/models", holds=('"cleave"', f'"{RAW}"')),
     "page": get("/", holds=("Cleave",)),
-    "page-script": get("/web/chat.js", holds=("function",)),
+    "page-script": get("/web/main.js", holds=("function",)),
     "page-missing": get("/web/missing.js", 404, "not_found"),
     "api-description": get("/openapi.json", holds=("/v1/chat/completions",)),
     "api-page": get("/docs", holds=("swagger",)),

@@ -13,6 +13,7 @@ from app.api.chat import chat_router
 from app.api.collections import collections_router
 from app.api.documents import documents_router
 from app.api.errors import install_error_handlers
+from app.api.facets import facets_router
 from app.api.guards import GuardedIngestions, GuardedLLM, GuardedRetriever
 from app.api.health import health_router
 from app.api.ingestions import ingestions_router
@@ -34,6 +35,7 @@ ROUTERS = (
     vector_stores_router,
     uploads_router,
     documents_router,
+    facets_router,
     ingestions_router,
     search_router,
     collections_router,

@@ -17,6 +17,7 @@ from app.domain import (
     DeletionReceipt,
     Delta,
     Document,
+    Facet,
     Filters,
     GenerationRequest,
     IngestReceipt,
@@ -91,6 +92,11 @@ class GuardedRetriever:
         """See `Retriever.info`."""
         with _own_words(collection := caller.get().readable(collection)):
             return await self._retriever.info(collection=collection)
+
+    async def facets(self, *, limit: int, collection: str | None = None) -> list[Facet]:
+        """See `Retriever.facets`."""
+        with _own_words(collection := caller.get().readable(collection)):
+            return await self._retriever.facets(limit=limit, collection=collection)
 
     async def collections(self) -> list[CollectionInfo]:
         """See `Retriever.collections`. Those of others are not even named."""

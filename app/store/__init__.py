@@ -133,6 +133,10 @@ class Store(Protocol):
         """The values that chunks hold, by metadata field; of very many the most frequent."""
         ...
 
+    async def value_counts(self) -> Mapping[str, list[tuple[Scalar, int]]]:
+        """The metadata values by field, each with the number of documents that have it, the most frequent first."""
+        ...
+
     async def stamp(self) -> Stamp:
         """What the collection was written with."""
         ...

@@ -44,6 +44,7 @@ from app.store.payload import (
     chunk_points,
     chunks_of_points,
     client_name,
+    counts_by_field,
     current_writes,
     intent_point,
     new_token,
@@ -213,6 +214,10 @@ class EdgeStore:
         """List the metadata values of all chunks by field."""
         return await self._run(self._metadata_values)
 
+    async def value_counts(self) -> Mapping[str, list[tuple[Scalar, int]]]:
+        """Count the documents of each metadata value by field."""
+        return await self._run(self._value_counts)
+
     async def stamp(self) -> Stamp:
         """Tell what the collection was written with."""
         return stamp_of(await self._run(_read, self._shard, MANIFEST_ID))
@@ -352,6 +357,11 @@ class EdgeStore:
         # Exact counts would be read point by point: 180 ms in place of 5 for 10,000 chunks, with the same values.
         request = engine.FacetRequest(key="terms", limit=MAX_VALUES, exact=False, filter=of_chunks)
         return values_by_field(str(hit.value) for hit in self._shard.facet(request).hits if hit.count)
+
+    def _value_counts(self) -> Mapping[str, list[tuple[Scalar, int]]]:
+        of_documents = Filter(must=[_is("kind", "document")])
+        request = engine.FacetRequest(key="terms", limit=MAX_VALUES, exact=False, filter=of_documents)
+        return counts_by_field((str(hit.value), hit.count) for hit in self._shard.facet(request).hits if hit.count)
 
 
 class EdgeDatabase:

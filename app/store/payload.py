@@ -249,6 +249,15 @@ def values_by_field(keywords: Iterable[str]) -> Mapping[str, list[Scalar]]:
     return found
 
 
+def counts_by_field(hits: Iterable[tuple[str, int]]) -> Mapping[str, list[tuple[Scalar, int]]]:
+    """Group counted keywords that `term` wrote by their field, in an order that does not vary."""
+    found: dict[str, list[tuple[Scalar, int]]] = {}
+    for keyword, count in sorted(hits, key=lambda hit: (-hit[1], hit[0])):
+        field, value = metadata_entry(keyword)
+        found.setdefault(field, []).append((value, count))
+    return found
+
+
 def terms_of(filters: Filters) -> Iterator[list[str]]:
     """Give for each filter the keywords of which a chunk must have one."""
     for field, wanted in filters.items():

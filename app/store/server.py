@@ -38,6 +38,7 @@ from app.store.payload import (
     chunk_points,
     chunks_of_points,
     client_name,
+    counts_by_field,
     current_writes,
     new_token,
     next_write,
@@ -259,6 +260,13 @@ class ServerStore:
         async with _translated():
             found = await self._client.facet(self._collection, "terms", facet_filter=of_chunks, limit=MAX_VALUES)
         return values_by_field(str(hit.value) for hit in found.hits if hit.count)
+
+    async def value_counts(self) -> Mapping[str, list[tuple[Scalar, int]]]:
+        """Count the documents of each metadata value by field."""
+        of_documents = models.Filter(must=[_is("kind", "document")])
+        async with _translated():
+            found = await self._client.facet(self._collection, "terms", facet_filter=of_documents, limit=MAX_VALUES)
+        return counts_by_field((str(hit.value), hit.count) for hit in found.hits if hit.count)
 
     async def stamp(self) -> Stamp:
         """Tell what the collection was written with."""
