@@ -49,7 +49,9 @@ class TextFormatter(logging.Formatter):
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS}
+    # Ray marks every record of its processes, with names of its own.
+    own = (name for name in vars(record) if name not in _STANDARD_FIELDS and not name.startswith("_"))
+    return {name: getattr(record, name) for name in own}
 
 
 def configure_logging(settings: LoggingSettings) -> None:

@@ -44,8 +44,12 @@ NOT_ASKED_FOR = {
     "unavailable",
     "internal_error",
     "configuration_error",
+    "invalid_api_key",
+    "forbidden",
+    "rate_limit_exceeded",
+    "keys_unreadable",
 }
-"""Errors of the README's table that no single request causes in a service that is well."""
+"""Errors of the README's table that no single request causes in a service that is well and has no keys."""
 
 OUTAGE = "How long did the Reading Room outage on 14 October 2025 last?"
 QUESTIONS = [
