@@ -49,7 +49,8 @@ class TextFormatter(logging.Formatter):
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS}
+    # Ray adds fields of its own to every record; their names begin with an underscore.
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS and name[0] != "_"}
 
 
 def configure_logging(settings: LoggingSettings) -> None:

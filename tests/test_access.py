@@ -1,5 +1,6 @@
 """Who may do what, over the real API: every route refuses by default, and a key opens its own collections only."""
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
@@ -36,11 +37,23 @@ JSON_DOCUMENT = {"documents": [{"id": "x", "title": "x", "text": "A text."}]}
 # What each route needs, and a request to it that is right: method, path, read/write/admin/any, body.
 ROUTES: list[tuple[str, str, str, Any]] = [
     ("POST", "/v1/chat/completions", "read", {**QUESTION, "rag": {"collection": "other"}}),
+    (
+        "POST",
+        "/v1/responses",
+        "read",
+        {"input": "How long did it last?", "tools": [{"type": "file_search", "vector_store_ids": ["other"]}]},
+    ),
     ("GET", "/v1/models", "any", None),
+    ("GET", "/v1/models/cleave", "any", None),
+    ("GET", "/v1/vector_stores", "any", None),
+    ("GET", "/v1/vector_stores/other", "read", None),
+    ("POST", "/v1/vector_stores/other/search", "read", {"query": "crane"}),
     ("POST", "/v1/documents?collection=other", "write", JSON_DOCUMENT),
     ("GET", "/v1/documents?collection=other", "read", None),
     ("GET", "/v1/documents/memo?collection=other", "read", None),
     ("DELETE", "/v1/documents/x?collection=other", "write", None),
+    ("DELETE", "/v1/documents?collection=other&filters=%7B%22lens%22:%22x%22%7D", "write", None),
+    ("GET", "/v1/ingestions", "any", None),
     ("POST", "/v1/search", "read", {"query": "crane", "collection": "other"}),
     ("GET", "/v1/facets?collection=other", "read", None),
     ("GET", "/v1/collections", "any", None),
@@ -93,8 +106,15 @@ async def test_the_table_of_these_tests_names_every_route(service: KeyedService)
         for method in methods
         if not is_open(path)
     }
-    examples = {"/v1/documents/{document_id}": "/v1/documents/memo", "/v1/collections/{name}": "/v1/collections/other"}
-    expected = {(method, examples.get(path, path)) for method, path in described}
+    examples = {
+        "/v1/documents/{document_id}": "/v1/documents/memo",
+        "/v1/collections/{name}": "/v1/collections/other",
+        "/v1/models/{model}": "/v1/models/cleave",
+        "/v1/vector_stores/{vector_store_id}": "/v1/vector_stores/other",
+        "/v1/vector_stores/{vector_store_id}/search": "/v1/vector_stores/other/search",
+    }
+    # Those of a single ingestion have a test of their own.
+    expected = {(method, examples.get(path, path)) for method, path in described if "{ingestion_id}" not in path}
     assert {(method, path.replace("/v1/documents/x", "/v1/documents/memo")) for method, path in named} == expected
 
 
@@ -146,6 +166,7 @@ async def test_an_admin_may_use_every_route(
     assert response.status_code in (200, 202) or error_of(response) in (
         (400, "invalid_value"),
         (404, "document_not_found"),
+        (400, "unknown_filter"),
     )
 
 
@@ -182,6 +203,41 @@ async def test_a_route_that_asks_nothing_of_a_key_is_refused(
             assert (await client.get("/v1/careful")).json() == "acme"
             assert error_of(await stranger.get("/v1/careful")) == (403, "forbidden")
             assert (await client.get("/v1/failing")).json()["error"]["message"] == "No."
+
+
+# --- Ingestions in the background ------------------------------------------------------------------------------------
+
+
+@in_one_loop
+async def test_an_ingestion_is_there_for_those_who_may_know_of_its_collection(
+    service: KeyedService, keys: dict[str, str]
+) -> None:
+    path = "/v1/documents?background=true"
+    async with (
+        service.client(keys["other"]) as owner,
+        service.client(keys["acme"]) as stranger,
+        service.client(keys["reader"]) as reader,
+        service.client(keys["admin"]) as admin,
+    ):
+        for client in (stranger, reader):
+            refused = await client.post(f"{path}&collection=other", json=JSON_DOCUMENT)
+            assert error_of(refused) == (403, "forbidden")
+        accepted = await owner.post(path, json={"documents": [{"id": "memo", "title": "memo", "text": OTHER_FACT}]})
+        assert (accepted.status_code, accepted.json()["collection"]) == (202, "other")
+        own = f"/v1/ingestions/{accepted.json()['id']}"
+        async with asyncio.timeout(60):
+            while (body := (await owner.get(own)).json())["status"] != "completed":
+                pass
+        assert [one["document_id"] for one in body["results"]] == ["memo"]
+        listed = {name: await client.get("/v1/ingestions") for name, client in (("o", owner), ("a", admin))}
+        assert all(accepted.json()["id"] in one.text for one in listed.values())
+        nowhere = "/v1/ingestions/ing_" + "0" * 24
+        for method, suffix in (("GET", ""), ("GET", "/events"), ("POST", "/cancel")):
+            there, absent = [await stranger.request(method, one + suffix) for one in (own, nowhere)]
+            assert error_of(there) == (404, "ingestion_not_found")
+            assert there.text.replace(own[len("/v1/ingestions/") :], nowhere[len("/v1/ingestions/") :]) == absent.text
+        assert (await stranger.get("/v1/ingestions")).json()["data"] == []
+        assert "event: end" in (await owner.get(f"{own}/events")).text
 
 
 # --- Rights ----------------------------------------------------------------------------------------------------------

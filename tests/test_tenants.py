@@ -242,14 +242,14 @@ def check(world: World, step: Write | Read, response: httpx.Response, allowed: s
 
 
 async def begin(world: World) -> None:
-    """One document of each tenant in each of its collections, and nothing else."""
+    """One document of each tenant in the first of its collections, and nothing else."""
     admin = world.clients["admin"]
     for one in (await admin.get("/v1/collections")).json()["data"]:
         if one["name"] != "default":
             assert (await admin.delete(f"/v1/collections/{one['name']}")).status_code == 200
     world.held = {"default": {}}
     for tenant, names in WRITABLE.items():
-        for name in names:
+        for name in names[:1]:
             await write(world, Write(tenant, name, DOCUMENT_IDS[0], "add", TOPICS[0]))
 
 

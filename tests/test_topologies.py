@@ -47,8 +47,12 @@ NOT_ASKED_FOR = {
     "configuration_error",
     "too_slow",
     "storage_full",
+    "invalid_api_key",
+    "forbidden",
+    "rate_limit_exceeded",
+    "keys_unreadable",
 }
-"""Errors of the README's table that no single quick request causes in a service that is well."""
+"""Errors of the README's table that no single quick request causes in a service that is well and has no keys."""
 
 OUTAGE = "How long did the Reading Room outage on 14 October 2025 last?"
 QUESTIONS = [

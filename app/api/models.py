@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from app.access import caller
 from app.api.schemas import PROFILE
 from app.domain import ModelInfo
 from app.errors import LLMUnavailable, ModelNotFound
@@ -31,6 +32,7 @@ def models_router(services: Services) -> APIRouter:
     @router.get("/v1/models/{model:path}")
     async def read_model(model: str) -> dict[str, Any]:
         """Describe one model."""
+        caller.get().allow()
         profile = profiles(services.settings).get(model)
         if profile is not None:
             return _profile(model, profile)
