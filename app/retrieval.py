@@ -40,6 +40,8 @@ MAX_CACHED_PASSAGES = 4096
 RERANKING_SHARE = 0.5
 """Of the search's time: what reranking may take, so that the sentences can still be scored."""
 
+MAX_FACETS = 100
+"""Fields that are offered as filters: those that most documents have. A page with more helps nobody."""
 MAX_METADATA_AGE_S = 30.0
 """What this process writes is known at once."""
 
@@ -99,7 +101,7 @@ class Retriever(Protocol):
         ...
 
     async def facets(self, *, limit: int, collection: str | None = None) -> list[Facet]:
-        """List the metadata fields, by name, each with up to `limit` of its values."""
+        """List the metadata fields that most documents have, by name, each with up to `limit` of its values."""
         ...
 
     async def collections(self) -> list[CollectionInfo]:
@@ -241,7 +243,9 @@ class Index:
     async def facets(self, *, limit: int) -> list[Facet]:
         """List the metadata fields with up to `limit` values each."""
         counts = await self._store.value_counts()
-        return [Facet(field, tuple(found[:limit]), len(found)) for field, found in sorted(counts.items())]
+        num_documents = {field: sum(number for _, number in found) for field, found in counts.items()}
+        common = sorted(counts, key=lambda field: (-num_documents[field], field))[:MAX_FACETS]
+        return [Facet(field, tuple(counts[field][:limit]), len(counts[field])) for field in sorted(common)]
 
     async def close(self) -> None:
         """Release the store."""

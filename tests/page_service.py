@@ -15,7 +15,7 @@ from app.domain import Delta, GenerationRequest, ModelInfo
 from app.errors import CleaveError
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
-from app.settings import AnswerSettings, APISettings, Settings, StoreSettings
+from app.settings import AnswerSettings, APISettings, EmbeddingSettings, Settings, StoreSettings
 from tests.browser_setup import find_browser
 from tests.conftest import ARTICLES, ServiceThread
 from tests.scripted_llm import ScriptedLLM
@@ -76,12 +76,13 @@ class PlayedLLM:
 class PageService:
     """A running service with the sample articles. Its text is streamed at once and checked at the end (`flag`)."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, embedding: EmbeddingSettings | None = None) -> None:
         settings = Settings(
             seed=ARTICLES,
             store=StoreSettings(kind="memory"),
             answer=AnswerSettings(grounding="flag"),
             api=APISettings(max_file_bytes=MAX_FILE_BYTES),
+            embedding=embedding or EmbeddingSettings(),
             data_dir=data_dir,
         )
         self.llm = PlayedLLM()

@@ -325,9 +325,13 @@ def test_a_filter_that_the_question_names_is_told_and_can_be_lifted(page: Page) 
     ask(page, "What did Teodor Vaskelin write about the Reading Room outage?")
     scope = page.locator(".scope")
     expect(scope).to_contain_text("Searched only documents with author Teodor Vaskelin, as the question names.")
-    scope.get_by_role("button").click()
+    scope.get_by_role("button", name="Search all").click()
     wait_for_end(page)
     expect(scope).to_be_empty()
+    ask(page, "What did Marit Oldershaw write about it?")
+    expect(page.locator(".scope").last).to_contain_text("author Marit Oldershaw")
+    ask(page, QUESTION)
+    expect(page.locator(".scope button")).to_have_count(0)
 
 
 # --- Documents -------------------------------------------------------------------------------------------------------

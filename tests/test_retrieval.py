@@ -178,6 +178,24 @@ async def test_sentences_are_those_of_the_new_version_after_an_update(retriever:
 
 
 @in_one_loop
+async def test_facets_are_the_fields_that_most_documents_have(
+    retriever: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = [
+        {"team": "a", "rare": 1, "author": "Ann"},
+        {"team": "b", "author": "Ann"},
+        {"team": "c", "author": "Bo"},
+    ]
+    await retriever.ingest([Document(f"facet-{n}", "", "Text.", "", one) for n, one in enumerate(metadata)])
+    found = {one.field: one for one in await retriever.facets(limit=2)}
+    assert {"author", "rare", "team"} <= set(found)
+    assert (len(found["team"].values), found["team"].num_values) == (2, 3)
+    monkeypatch.setattr(retrieval, "MAX_FACETS", len(found) - 1)
+    fewer = [one.field for one in await retriever.facets(limit=2)]
+    assert fewer == sorted(set(found) - {"rare"})
+
+
+@in_one_loop
 async def test_a_full_cache_forgets_and_still_answers(retriever: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = await search(retriever, num_scored=3)
     monkeypatch.setattr(retrieval, "MAX_CACHED_PASSAGES", 1)

@@ -39,7 +39,7 @@ export function deleteDocument(id) {
   return requestJson(`/v1/documents/${encodeURIComponent(id)}`, { method: "DELETE" });
 }
 
-/** The address of a document's page in this service, at one of its chunks; null where a link could not bring the key. */
+/** The address of a document's page in this service, at a chunk; null where a link could not bring the key along. */
 export function documentPath(id, chunk = "") {
   return hasKey() ? null : `/v1/documents/${encodeURIComponent(id)}${chunk && `#${chunk}`}`;
 }

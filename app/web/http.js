@@ -1,4 +1,4 @@
-/** Requests over HTTP: with the reader's key, errors in the server's words, event streams, and uploads with progress. */
+/** Requests over HTTP: with the reader's key, errors in the server's words, event streams, uploads with progress. */
 
 import { askForKey, keyHeaders } from "./key.js";
 import { plural } from "./words.js";

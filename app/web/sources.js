@@ -37,8 +37,8 @@ export class Sources {
   finish({ cited, isRefused }) {
     this.markSentences();
     const numOthers = this.cards.size - cited.size;
-    const label = isRefused ? "Nearest passages, none holds an answer" : cited.size ? "Also retrieved, not cited" : "Retrieved";
-    this.arrange(cited, `${label} (${numOthers})`);
+    const retrieved = cited.size ? "Also retrieved, not cited" : "Retrieved";
+    this.arrange(cited, `${isRefused ? "Nearest passages, none holds an answer" : retrieved} (${numOthers})`);
   }
 
   /** A link, not a button: a button lets the line break between it and the word that it belongs to. */
@@ -98,7 +98,7 @@ export class Sources {
     ]));
   }
 
-  /** Mark in each passage the sentences that the markers of the answer stand for; the places are found before any is. */
+  /** Mark in the passages the sentences that the markers stand for; all places are found before any is marked. */
   markSentences() {
     const places = new Map();
     for (const [index, marker] of this.markers().entries()) {
@@ -124,12 +124,10 @@ export class Sources {
   /** A marker lights up its card and its sentence, a card all its sentences and the markers that cite it. */
   listen() {
     for (const [area, selector] of [[this.body, ".marker"], [this.node, ".source-card"]]) {
-      for (const type of ["pointerover", "focusin"]) {
-        area.addEventListener(type, ({ target }) => this.light(target.closest(selector)));
-      }
-      area.addEventListener("pointerout", ({ relatedTarget }) => {
-        if (!relatedTarget?.closest?.(selector)) this.light(document.activeElement?.closest(selector));
-      });
+      const focused = () => area.querySelector(`${selector}:is(:focus, :focus-within)`);
+      area.addEventListener("pointerover", ({ target }) => this.light(target.closest(selector) ?? focused()));
+      area.addEventListener("pointerleave", () => this.light(focused()));
+      area.addEventListener("focusin", ({ target }) => this.light(target.closest(selector)));
       area.addEventListener("focusout", () => this.light(null));
     }
     this.body.addEventListener("click", (event) => {
@@ -150,7 +148,8 @@ export class Sources {
     const isMarker = node !== card;
     const marks = isMarker ? `mark[data-markers~="${node.dataset.index}"]` : "mark";
     for (const one of card.querySelectorAll(marks)) one.classList.add("lit");
-    if (!isMarker) this.markers().filter(({ dataset }) => dataset.n === card.dataset.n).forEach((one) => one.classList.add("lit"));
+    if (isMarker) return;
+    for (const one of this.markers()) one.classList.toggle("lit", one.dataset.n === card.dataset.n);
   }
 
   reveal(marker) {

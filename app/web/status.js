@@ -61,7 +61,8 @@ export function summaryText(answer) {
 function refusal(found) {
   if (!found) return null;
   // Of a near miss the answer itself says what is missing.
-  const missing = found.reason === "off_topic" && found.missing?.length ? ` No source mentions ${found.missing.join(", ")}.` : "";
+  const isTold = found.reason === "off_topic" && found.missing.length > 0;
+  const missing = isTold ? ` No source mentions ${found.missing.join(", ")}.` : "";
   return el("p", { class: "refusal" }, (REFUSED[found.reason] ?? spoken(found.reason)) + missing);
 }
 

@@ -66,7 +66,7 @@ export class Turn {
 
   /** Only the last turn can be asked again: a later one may build on those before it. */
   settle() {
-    this.view.actions.replaceChildren();
+    for (const button of this.node.querySelectorAll(".actions button, .scope button")) button.remove();
   }
 
   build(number) {
@@ -112,7 +112,7 @@ export class Turn {
     this.frame = null;
     const { rag } = this.answer;
     this.sources.show(rag.sources);
-    this.showScope();
+    this.showScope({ isFinal: true });
     this.drawBody(this.answer.text);
     this.sources.finish({ cited: citedNumbers(this.answer), isRefused: rag.grounded === "refused" });
   }
@@ -162,20 +162,20 @@ export class Turn {
   }
 
   /** Which documents were searched, when not all: the reader's choice, and what the question itself names. */
-  showScope() {
+  showScope({ isFinal = false } = {}) {
+    const note = (...parts) => el("p", { class: "small", dir: "auto" }, "Searched only documents with ", ...parts);
+    const chosen = describeFilters(this.filters);
     const recognised = describeFilters(this.answer.rag.recognised_filters);
-    const everywhere = () => {
-      this.recognisesFilters = false;
-      this.onRetry(this);
-    };
     patch(this.view.scope, present([
-      Object.keys(this.filters).length > 0
-        && el("p", { class: "small" }, `Searched only documents with ${describeFilters(this.filters)}.`),
-      recognised && el("p", { class: "small" },
-        `Searched only documents with ${recognised}, as the question names. `),
+      chosen && note(`${chosen}.`),
+      recognised && note(`${recognised}, as the question names. `,
+        isFinal && button("Search all", { class: "toggle", onclick: () => this.searchAll() })),
     ]));
-    const note = recognised && this.view.scope.lastElementChild;
-    if (note && !note.querySelector("button")) note.append(button("Search all", { class: "toggle", onclick: everywhere }));
+  }
+
+  searchAll() {
+    this.recognisesFilters = false;
+    this.onRetry(this);
   }
 }
 
