@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from app.domain import Dialect, Grounding, Scalar
 
 Device = Literal["gpu", "cpu"]
-
-
+MAX_THREADS = 256
+"""Of one part of the service. Far more than a machine has end the process, which the system gives no more threads."""
 ProfileName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -29,7 +29,7 @@ class EmbeddingSettings(Branch):
     model: str = Field("all-MiniLM-L6-v2", description="bundled name, hub-id[@revision], or folder")
     batch_size: int = Field(32, ge=1, le=1024)
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has it")
-    num_threads: int = Field(2, ge=1, description="CPU threads of one retriever replica")
+    num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="CPU threads of one retriever replica")
     query_prefix: str | None = Field(None, description="put before each question; default: the model's own prompt")
     document_prefix: str | None = Field(None, description="put before each chunk; default: the model's own prompt")
 
@@ -101,7 +101,7 @@ class LLMSettings(Branch):
     max_num_seqs: int = Field(32, ge=1, description="requests that the engine runs at once")
     stream_interval: int = Field(8, ge=1, description="tokens per message after the first")
     kv_cache_gib: int = Field(1, ge=1, description="KV cache on the CPU, GiB; a GPU takes what is free")
-    num_threads: int = Field(2, ge=1, description="CPU threads of the engine on the CPU")
+    num_threads: int = Field(2, ge=1, le=MAX_THREADS, description="CPU threads of the engine on the CPU")
     chat_template: Path | None = Field(None, description="a Jinja file, for a model without its own template")
     engine_options: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's AsyncEngineArgs")
 

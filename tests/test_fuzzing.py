@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import schemathesis
@@ -24,14 +23,14 @@ NO_HTTP = "Invalid HTTP request received."
 
 
 @pytest.fixture(scope="module")
-def api() -> Iterator[OpenApiSchema]:
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenApiSchema]:
     """A service of its own, since documents and collections come and go."""
     service = ServiceThread(
         Settings(
             seed=ARTICLES,
             store=StoreSettings(kind="memory"),
             llm=LLMSettings(engine="extractive"),
-            data_dir=Path("unused"),
+            data_dir=tmp_path_factory.mktemp("fuzzing"),
         )
     )
     service.start()
