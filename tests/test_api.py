@@ -1159,6 +1159,7 @@ async def test_the_api_describes_itself(client: httpx.AsyncClient) -> None:
         ("/v1/documents/{document_id}", "get"),
         ("/v1/documents/{document_id}", "delete"),
         ("/v1/search", "post"),
+        ("/v1/facets", "get"),
         ("/v1/collections", "get"),
         ("/v1/collections/{name}", "delete"),
         ("/v1/reindex", "get"),
