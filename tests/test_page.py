@@ -74,6 +74,16 @@ def test_an_answer_is_shown_with_its_source(page: Page) -> None:
     expect(page.locator("#question")).to_be_focused()
 
 
+def test_the_examples_are_answered_by_the_sample_documents(page: Page) -> None:
+    expect(page.locator("#examples button")).to_have_count(3)
+    page.locator("#examples button").last.click()
+    wait_for_end(page)
+    expect(page.locator(".asked")).to_contain_text("Noor Hallivant")
+    expect(page.locator(".scope")).to_contain_text("Noor Hallivant")
+    expect(page.locator(".source-card.cited")).not_to_have_count(0)
+    expect(page.locator("#welcome")).to_be_hidden()
+
+
 def test_an_answer_grows_while_it_streams(page: Page, service: PageService) -> None:
     half, rest = asyncio.Event(), asyncio.Event()
     service.llm.play("The outage ", half, "lasted **52** ", rest, "minutes. [1]")
@@ -390,7 +400,7 @@ def test_a_document_is_listed_and_deleted_after_asking(page: Page, add: Any) -> 
     page.keyboard.press("Enter")
     expect(row.get_by_role("button", name="Delete The lighthouse")).to_be_focused()
     page.keyboard.press("Enter")
-    row.get_by_role("button", name="Delete The lighthouse for good").click()
+    row.get_by_role("button", name="Delete for good: The lighthouse").click()
     expect(row).to_have_count(0)
     expect(page.locator("#announcer")).to_have_text("Deleted The lighthouse.")
     assert not is_active(page, "body")

@@ -69,7 +69,7 @@ function confirmDelete(row, item) {
   };
   row.querySelector(".actions").replaceChildren(
     button("Delete for good", {
-      class: "danger confirm-delete", "aria-label": `Delete ${item.title} for good`, onclick: () => remove(row, item),
+      class: "danger confirm-delete", "aria-label": `Delete for good: ${item.title}`, onclick: () => remove(row, item),
     }),
     button("Keep", { class: "quiet keep", onclick: keep }));
   row.querySelector(".keep").focus();

@@ -1,18 +1,19 @@
 /** The chat page of Cleave: puts its parts to work. */
 
-import { fetchDocuments, fetchModels } from "./api.js";
+import { fetchDocuments, fetchFacets, fetchModels } from "./api.js";
 import { ask, startOver, stop } from "./conversation.js";
 import { listenForDocuments, setTotal } from "./documents.js";
 import { button, byId, el } from "./dom.js";
 import { listenForFilters } from "./filters.js";
 import { listenForFiles } from "./uploads.js";
 
-/** Questions that the sample documents answer; the last one names its author. */
+/** Questions that the sample documents answer; the last one names its author. Without her documents none is offered. */
 const EXAMPLES = [
   "How long did the Reading Room outage on 14 October 2025 last?",
   "What did capping max_num_seqs at 64 do to Hedgerow's p95 time to first token?",
   "In Noor Hallivant's account, how many of the unanswerable questions did the 4-bit candidate answer?",
 ];
+const SAMPLE_AUTHOR = "Noor Hallivant";
 
 function submitQuestion() {
   const field = byId("question");
@@ -26,15 +27,18 @@ function sendOnEnter(event) {
   submitQuestion();
 }
 
-function showExamples() {
+function showExamples(facets) {
+  if (!facets.some(({ values }) => values.some(({ value }) => value === SAMPLE_AUTHOR))) return;
   const offer = (question) => el("li", {}, button(question, { onclick: () => ask(question) }));
   byId("examples").append(...EXAMPLES.map(offer));
 }
 
 /** What is behind the page. It is an extra: when the server is away, the first question will say so. */
 async function showService() {
-  const [models, documents] = await Promise.allSettled([fetchModels(), fetchDocuments({ limit: 1 })]);
+  const requests = [fetchModels(), fetchDocuments({ limit: 1 }), fetchFacets()];
+  const [models, documents, facets] = await Promise.allSettled(requests);
   if (documents.value) setTotal(documents.value.total);
+  if (facets.value) showExamples(facets.value);
   if (!models.value) return;
   const { profile, others } = models.value;
   const engine = others.length ? `Language model: ${others.map(({ id }) => id).join(", ")}.`
@@ -56,5 +60,4 @@ document.addEventListener("keydown", (event) => {
 listenForFilters();
 listenForDocuments();
 listenForFiles();
-showExamples();
 showService();

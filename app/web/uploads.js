@@ -28,6 +28,7 @@ export function listenForFiles() {
   });
 }
 
+const IS_NEW = new Set(["created", "updated"]);
 let queue = Promise.resolve();
 
 /** One request for each file: the results come as they are there, and a file too large fails alone. */
@@ -38,8 +39,9 @@ function upload(files) {
   for (const finished of list.querySelectorAll(".done, .failed")) finished.remove();
   list.append(...lines.map(({ node }) => node));
   queue = queue.then(async () => {
-    for (const line of lines) await line.run();
-    await loadDocuments();
+    let hasChanged = false;
+    for (const line of lines) hasChanged = await line.run() || hasChanged;
+    if (hasChanged) await loadDocuments();
   });
 }
 
@@ -61,13 +63,15 @@ class UploadLine {
       this.text);
   }
 
+  /** Send it, show what became of it, and tell whether any document is new or changed. */
   async run() {
-    const { ok, text } = await this.send();
+    const { ok, text, hasChanged = false } = await this.send();
     this.node.classList.add(ok ? "done" : "failed");
     this.showText(text);
     announce(`${this.file.name}: ${text}`);
     this.bar.remove();
     this.stop.remove();
+    return hasChanged;
   }
 
   async send() {
@@ -94,10 +98,11 @@ class UploadLine {
       if (event === "result") results.push(content);
       if (event === "progress") this.showIngested(content);
       if (event === "end" && content.status !== "completed") {
-        return { ok: false, text: content.error ? `${content.status}: ${content.error}` : content.status };
+        const text = content.error ? `${content.status}: ${content.error}` : content.status;
+        return { ok: false, text, hasChanged: results.length > 0 };
       }
     }
-    return describeReceipts(results);
+    return { ...describeReceipts(results), hasChanged: results.some(({ status }) => IS_NEW.has(status)) };
   }
 
   showSent(share) {
