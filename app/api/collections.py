@@ -7,6 +7,7 @@ from fastapi import APIRouter
 
 from app.api.schemas import CollectionName, InCollection
 from app.domain import ReindexStatus
+from app.errors import ConfigurationError, InvalidRequest
 from app.services import Services
 from app.settings import IndexSettings
 
@@ -36,7 +37,11 @@ def collections_router(services: Services) -> APIRouter:
     @router.post("/v1/reindex", status_code=202)
     async def start_reindex(body: IndexSettings, collection: InCollection = None) -> dict[str, Any]:
         """Start building a new index from the stored documents, or go on with it; `live` stays as it is."""
-        return _reindex(await retriever.reindex(body, collection=collection))
+        try:
+            return _reindex(await retriever.reindex(body, collection=collection))
+        except ConfigurationError as error:
+            # These settings are not the service's own: whoever sent them can send others.
+            raise InvalidRequest(error.message) from None
 
     @router.post("/v1/reindex/swap")
     async def swap_index(collection: InCollection = None) -> dict[str, Any]:
