@@ -3,6 +3,8 @@
 import asyncio
 import json
 import multiprocessing
+import re
+import shlex
 import stat
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
@@ -267,3 +270,16 @@ def test_the_config_says_where_the_keys_are(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["keys", "create", "acme", "--read", "*", "--config", str(file)])
     assert result.exit_code == 0, result.output
     assert [key.name for key in read_keys(tmp_path / "data" / "keys.json")] == ["acme"]
+
+
+def test_the_key_of_the_readme_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^cleave (keys create [^#\n]+)", readme, re.MULTILINE)
+    (tmp_path / "serve_config.yaml").write_text(
+        yaml.safe_dump({"applications": [{"import_path": "deployments.application:three_tier"}]}), encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, shlex.split(command))
+    assert result.exit_code == 0, result.output
+    (key,) = read_keys(tmp_path / ".cleave" / "keys.json")
+    assert (key.read, key.write, key.requests_per_minute) == (("acme",), ("acme",), 60)
