@@ -1,5 +1,6 @@
 """Every error on every route as an OpenAI error object."""
 
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,12 +11,15 @@ from starlette.exceptions import HTTPException
 from app.errors import CleaveError, InvalidRequest, NotFound
 from app.telemetry import logger, request_id
 
+BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+"""A message is one line, also where it names what a client has sent."""
 STATUS_NAMES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
 
 
 def error_body(error: CleaveError) -> dict[str, Any]:
     """Build the error object of one error."""
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    message = BREAKS.sub(" ", error.message).strip()
+    return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}
 
 
 def error_response(error: CleaveError) -> JSONResponse:
