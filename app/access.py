@@ -3,6 +3,7 @@
 from contextvars import ContextVar
 from typing import Any
 
+from app.domain import Dialect
 from app.errors import Forbidden
 from app.keys import Key
 
@@ -21,6 +22,11 @@ class Caller:
         self.completion_tokens = 0
         self._own_collection = own_collection
         self._collections: dict[str, None] = {}
+
+    @property
+    def dialect(self) -> Dialect | None:
+        """How the key wants sources told."""
+        return None if self.key is None else self.key.dialect
 
     def allow(self) -> None:
         """Give what is nobody's: every key may have it."""

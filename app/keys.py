@@ -23,6 +23,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from app.addresses import reaches_loopback_only
 from app.config import Config
+from app.domain import Dialect
 from app.errors import ConfigurationError, InvalidKey, InvalidRequest, KeysUnreadable
 from app.settings import Settings
 from app.telemetry import logger
@@ -53,6 +54,8 @@ class Key(BaseModel):
     default_collection: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
+    dialect: Dialect | None = None
+    """How its clients are told the sources, if the request does not say."""
     expires_at: AwareDatetime | None = None
     is_admin: bool = False
     created_at: AwareDatetime
@@ -124,6 +127,7 @@ def create_key(
     default_collection: str | None = None,
     requests_per_minute: int | None = None,
     tokens_per_minute: int | None = None,
+    dialect: Dialect | None = None,
     expires_at: datetime | None = None,
     is_admin: bool = False,
 ) -> tuple[Key, str]:
@@ -148,6 +152,7 @@ def create_key(
             default_collection=default_collection or next((one for one in (*read, *write) if "*" not in one), None),
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
+            dialect=dialect,
             expires_at=expires_at,
             is_admin=is_admin,
             created_at=datetime.now(UTC).replace(microsecond=0),

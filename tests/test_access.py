@@ -85,6 +85,7 @@ async def keys(service: KeyedService) -> dict[str, str]:
         "other": service.create("other", read=["other"], write=["other"]),
         "reader": service.create("reader", read=["acme"]),
         "writer": service.create("writer", write=["acme"]),
+        "markdown": service.create("markdown", read=["acme"], dialect="markdown"),
         "admin": service.create("root", is_admin=True),
         "expired": service.create("expired", is_admin=True, expires_at=datetime.now(UTC) - timedelta(days=1)),
     }
@@ -238,6 +239,22 @@ async def test_an_ingestion_is_there_for_those_who_may_know_of_its_collection(
             assert there.text.replace(own[len("/v1/ingestions/") :], nowhere[len("/v1/ingestions/") :]) == absent.text
         assert (await stranger.get("/v1/ingestions")).json()["data"] == []
         assert "event: end" in (await owner.get(f"{own}/events")).text
+
+
+# --- Dialects --------------------------------------------------------------------------------------------------------
+
+
+@in_one_loop
+async def test_a_key_chooses_how_sources_are_told_and_a_request_may_choose_otherwise(
+    service: KeyedService, keys: dict[str, str]
+) -> None:
+    async with service.client(keys["markdown"]) as client:
+        told = [
+            (await client.post(CHAT, json={**QUESTION, "rag": rag})).json()["choices"][0]["message"]["content"]
+            for rag in ({}, {"dialect": "annotations"})
+        ]
+    assert told[0].startswith(told[1])
+    assert "report" in told[0][len(told[1]) :]
 
 
 # --- Rights ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from app.access import caller
 from app.api.models import find_profile
 from app.api.questions import begun, question
 from app.api.schemas import ChatCompletionRequest
@@ -33,7 +34,7 @@ def chat_router(services: Services) -> APIRouter:
             base_url=str(request.base_url),
             collection=asked.collection,
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
-            dialect=body.rag.dialect or (profile.dialect if profile else "annotations"),
+            dialect=body.rag.dialect or caller.get().dialect or (profile.dialect if profile else "annotations"),
             is_json=json is not None,
         )
         if not body.stream:

@@ -8,6 +8,7 @@ import typer
 
 from app.cli.options import DEFAULT_CONFIG, AsJSON
 from app.cli.output import open_console, open_table, print_json
+from app.domain import Dialect
 
 if TYPE_CHECKING:
     from app.client import Record
@@ -38,6 +39,10 @@ def create(
     tokens_per_minute: Annotated[
         int | None, typer.Option("--tokens-per-minute", min=1, help="Of the language model, read and written.")
     ] = None,
+    dialect: Annotated[
+        Dialect | None,
+        typer.Option("--dialect", help="How its clients are told the sources, if the request does not say."),
+    ] = None,
     expires: Annotated[
         datetime | None, typer.Option("--expires", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"], help="In local time.")
     ] = None,
@@ -56,6 +61,7 @@ def create(
         default_collection=default_collection,
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
+        dialect=dialect,
         expires_at=expires.astimezone() if expires else None,
         is_admin=admin,
     )
