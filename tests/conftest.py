@@ -63,7 +63,7 @@ class ServiceThread(threading.Thread):
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where files run beside each other, begin with those that may take longest, so that none is left for the end."""
-    if config.getoption("dist", "no") == "no":
+    if not hasattr(config, "workerinput"):
         return
     limits: dict[Path, float] = defaultdict(float)
     for item in items:
