@@ -1,4 +1,4 @@
-"""Thousands of requests that the API's description allows, or nearly allows: none may break the service, or its word."""
+"""Thousands of requests that the API's description allows, or nearly allows: none may break the service or its word."""
 
 import json
 from collections.abc import Iterator, Mapping

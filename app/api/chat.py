@@ -17,8 +17,8 @@ from app.services import Services
 ANSWER: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ChatCompletion,
-        "description": "A completion; with `stream` its chunks, with the sources in the first and the rest of `rag` near "
-        "the end. An error ends a stream as an error object.",
+        "description": "A completion; with `stream` its chunks: sources in the first, the rest of `rag` at the end. "
+        "An error ends a stream as an error object.",
         "content": EVENT_STREAM,
     }
 }

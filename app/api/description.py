@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import TypeAdapter
 
 from app import errors
 from app.api.authentication import is_open
@@ -36,38 +35,40 @@ class API(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Describe the routes."""
         if self.openapi_schema is None:
-            described = super().openapi()
-            examples = json.loads(EXAMPLES.read_text(encoding="utf-8"))
-            components = described["components"]
-            components["securitySchemes"] = {
-                "key": {"type": "http", "scheme": "bearer", "description": "A key of `cleave keys create`."}
-            }
-            components["responses"] = {name: _errors(int(range_[0])) for range_, name in ERRORS.items()}
-            schema = TypeAdapter(Error).json_schema(ref_template="#/components/schemas/{model}")
-            components["schemas"] |= {**schema.pop("$defs"), "Error": schema}
-            for path, operations in described["paths"].items():
-                for method, operation in operations.items():
-                    if not is_open(path):
-                        operation["security"] = [{"key": []}]
-                    _complete(operation, examples.get(f"{method.upper()} {path}", {}))
-        return self.openapi_schema or {}
+            self.openapi_schema = _completed(super().openapi())
+        return self.openapi_schema
 
 
-def _complete(operation: dict[str, Any], examples: dict[str, Any]) -> None:
+def _completed(described: dict[str, Any]) -> dict[str, Any]:
+    components = described["components"]
+    components["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer", "description": "A key of `cleave keys create`."}
+    }
+    components["responses"] = {name: _errors(int(range_[0])) for range_, name in ERRORS.items()}
+    schema = Error.model_json_schema(ref_template="#/components/schemas/{model}")
+    components["schemas"] |= {**schema.pop("$defs"), "Error": schema}
+    examples = json.loads(EXAMPLES.read_text(encoding="utf-8"))
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            if not is_open(path):
+                operation["security"] = [{"key": []}]
+            _finish(operation, examples.get(f"{method.upper()} {path}", {}))
+    return described
+
+
+def _finish(operation: dict[str, Any], examples: dict[str, Any]) -> None:
     for parameter in operation.get("parameters", ()):
         if parameter["name"] in examples.get("parameters", {}):
             parameter["example"] = examples["parameters"][parameter["name"]]
     if "request" in examples:
         operation["requestBody"]["content"][JSON]["example"] = examples["request"]
     for status, response in operation["responses"].items():
-        content = response.get("content", {})
-        if "$ref" in (schema := content.get(JSON, {}).get("schema", {})):
-            # What the route says itself stands beside it: any object.
-            content[JSON]["schema"] = {"$ref": schema["$ref"]}
-        for media_type, described in content.items():
+        for media_type, content in response.get("content", {}).items():
             key = status if media_type == JSON else f"{status} {media_type}"
             if key in examples:
-                described["example"] = examples[key]
+                content["example"] = examples[key]
+            if reference := content["schema"].get("$ref"):
+                content["schema"] = {"$ref": reference}  # Beside it stands what the function returns: any object.
 
 
 def _errors(hundreds: int) -> dict[str, Any]:
