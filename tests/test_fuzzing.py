@@ -1,4 +1,4 @@
-"""Thousands of requests that the API's description allows, or nearly allows: none may break the service."""
+"""Thousands of requests that the API's description allows, or nearly allows: none may break the service or its word."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,6 +8,11 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
 from app.keys import create_key, keys_path
@@ -22,6 +27,8 @@ TIMEOUT_S = 120
 """A request for another index loads an encoder."""
 NO_HTTP = "Invalid HTTP request received."
 """uvicorn's own answer, before any application is asked."""
+CONFORMANCE = [status_code_conformance, content_type_conformance, response_schema_conformance]
+"""Each answer is one that the description tells of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,10 @@ def test_no_request_breaks_the_service(service: Fuzzed, mode: GenerationMode) ->
         @given(operation.as_strategy(generation_mode=mode))
         @settings(max_examples=NUM_CASES, deadline=None, suppress_health_check=list(HealthCheck))
         def ask(case: schemathesis.Case) -> None:
-            check(case.call(timeout=TIMEOUT_S, headers=dict(service.headers)))
+            response = case.call(timeout=TIMEOUT_S, headers=dict(service.headers))
+            check(response)
+            if response.text != NO_HTTP:
+                case.validate_response(response, checks=CONFORMANCE)
 
         ask()
 

@@ -2,15 +2,15 @@
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
-from app.api.authentication import Authentication, is_open
+from app.api.authentication import Authentication
 from app.api.chat import chat_router
 from app.api.collections import collections_router
+from app.api.description import API
 from app.api.documents import documents_router
 from app.api.errors import install_error_handlers
 from app.api.facets import facets_router
@@ -40,23 +40,6 @@ ROUTERS = (
     search_router,
     collections_router,
 )
-
-
-class API(FastAPI):
-    """An application whose description says of each route whether it needs a key."""
-
-    def openapi(self) -> dict[str, Any]:
-        """Describe the routes."""
-        if self.openapi_schema is None:
-            described = super().openapi()
-            schemes = described.setdefault("components", {}).setdefault("securitySchemes", {})
-            schemes["key"] = {"type": "http", "scheme": "bearer", "description": "A key of `cleave keys create`."}
-            for path, operations in described["paths"].items():
-                for operation in operations.values():
-                    if not is_open(path):
-                        operation["security"] = [{"key": []}]
-            self.openapi_schema = described
-        return self.openapi_schema
 
 
 def create_api(services: Services) -> FastAPI:

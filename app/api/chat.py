@@ -2,16 +2,27 @@
 
 import asyncio
 from contextlib import aclosing
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from app.access import caller
+from app.api.bodies import ChatCompletion
 from app.api.models import find_profile
 from app.api.questions import begun, question
 from app.api.schemas import ChatCompletionRequest
-from app.api.sse import STREAM_HEADERS, CompletionWriter, with_heartbeats
+from app.api.sse import EVENT_STREAM, STREAM_HEADERS, CompletionWriter, with_heartbeats
 from app.services import Services
+
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": ChatCompletion,
+        "description": "A completion; with `stream` its chunks: sources in the first, the rest of `rag` at the end. "
+        "An error ends a stream as an error object.",
+        "content": EVENT_STREAM,
+    }
+}
 
 
 def chat_router(services: Services) -> APIRouter:
@@ -19,7 +30,7 @@ def chat_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["chat"])
     answer = services.settings.answer
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @router.post("/v1/chat/completions", response_model=None, responses=ANSWER)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> JSONResponse | StreamingResponse:
         """Answer the last message from the documents, with citations; streamed if asked for."""
         body.check_supported()

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import TypeAdapter, ValidationError
 
+from app.api.bodies import DeletedDocument, Documents, Page, SingleChunk, WholeDocument
 from app.api.document_page import document_page
 from app.api.schemas import InCollection, Name, Wanted
 from app.domain import Chunk, DeletionReceipt, Filters, StoredDocument
@@ -24,7 +25,11 @@ FILTERS_PARAMETER = Query(
     examples=['{"author": "Marit Oldershaw"}'],
 )
 READ: dict[int | str, dict[str, Any]] = {
-    200: {"description": "JSON; for browsers a page", "content": {"text/html": {}}}
+    200: {
+        "model": WholeDocument | SingleChunk,
+        "description": "JSON; for browsers a page",
+        "content": {"text/html": {"schema": {"type": "string"}}},
+    }
 }
 
 
@@ -33,7 +38,7 @@ def documents_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["documents"])
     retriever = services.retriever
 
-    @router.get("/v1/documents")
+    @router.get("/v1/documents", responses={200: {"model": Documents}})
     async def list_documents(
         limit: int = Query(100, ge=1, le=1000),
         after: str | None = Query(None, max_length=512),
@@ -50,7 +55,7 @@ def documents_router(services: Services) -> APIRouter:
             "total": await retriever.num_documents(wanted, collection=collection),
         }
 
-    @router.delete("/v1/documents")
+    @router.delete("/v1/documents", responses={200: {"model": Page[DeletedDocument]}})
     async def delete_documents(
         filters: Annotated[str, FILTERS_PARAMETER],
         limit: int = Query(100, ge=1, le=1000, description="of one request; `has_more` says that some are left"),
@@ -91,7 +96,7 @@ def documents_router(services: Services) -> APIRouter:
         about = {"object": "chunk", "document_id": stored.id, "title": stored.title, "url": stored.url}
         return JSONResponse({**about, **_chunk(stored, chunks[0])}, headers=vary)
 
-    @router.delete("/v1/documents/{document_id:path}")
+    @router.delete("/v1/documents/{document_id:path}", responses={200: {"model": DeletedDocument}})
     async def delete_document(document_id: str, collection: InCollection = None) -> dict[str, Any]:
         """Remove a document with all its chunks; answered when queries have shown that none of them is found."""
         return _deleted(await retriever.delete(document_id, collection=collection))

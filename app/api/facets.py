@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Query
 
+from app.api.bodies import FacetBody, Listed
 from app.api.schemas import InCollection
 from app.domain import Facet
 from app.services import Services
@@ -13,7 +14,7 @@ def facets_router(services: Services) -> APIRouter:
     """Build the route over the given parts."""
     router = APIRouter(tags=["documents"])
 
-    @router.get("/v1/facets")
+    @router.get("/v1/facets", responses={200: {"model": Listed[FacetBody]}})
     async def list_facets(
         limit: int = Query(50, ge=1, le=1000, description="of values per field"), collection: InCollection = None
     ) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from app.api.bodies import Live, Ready
 from app.api.errors import internal_error
 from app.errors import CleaveError, LLMCold
 from app.keys import KeyFile
@@ -22,13 +23,13 @@ def health_router(services: Services, keys: KeyFile) -> APIRouter:
     """Build the routes over the given parts."""
     router = APIRouter(tags=["health"])
 
-    @router.get("/livez")
-    @router.get("/health")
+    @router.get("/livez", responses={200: {"model": Live}})
+    @router.get("/health", responses={200: {"model": Live}})
     async def live() -> dict[str, str]:
         """Answer at once, without asking any other part: a slow dependency is no reason for a restart."""
         return {"status": "ok"}
 
-    @router.get("/readyz")
+    @router.get("/readyz", responses={200: {"model": Ready}, 503: {"model": Ready}})
     async def ready(verbose: str | None = None) -> JSONResponse:
         """Say whether questions can be answered: not without the retriever; without the LLM in quotes (`degraded`)."""
         retriever, llm = await asyncio.gather(_probe(services.retriever.info()), _probe(services.llm.info()))

@@ -9,9 +9,10 @@ from typing import Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
+from app.api.bodies import IngestionBody, IngestionResults, Page
 from app.api.errors import error_body, internal_error
 from app.api.schemas import InCollection
-from app.api.sse import STREAM_HEADERS, with_heartbeats
+from app.api.sse import EVENT_STREAM, STREAM_HEADERS, with_heartbeats
 from app.errors import CleaveError, InvalidRequest
 from app.ingestion_jobs import Ingestion, Ingestions
 from app.services import Services
@@ -22,10 +23,10 @@ RESULTS_AT_ONCE = 500
 LAST_ID = "end"
 """Of the last event: who comes back with it is told not to come again."""
 PROGRESS = ("num_documents", "num_documents_done", "num_files", "num_files_done", "num_chunks", "num_failed")
-EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "`progress` (the ingestion), `result` (one document, with the cursor as its id), and `end`",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": EVENT_STREAM,
     },
     204: {"description": "everything was sent before"},
 }
@@ -36,7 +37,7 @@ def ingestions_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["documents"])
     ingestions = services.ingestions
 
-    @router.get("/v1/ingestions")
+    @router.get("/v1/ingestions", responses={200: {"model": Page[IngestionBody]}})
     async def list_ingestions(
         limit: int = Query(20, ge=1, le=100),
         after: str | None = Query(None, max_length=64, description="the last id of the page before"),
@@ -46,7 +47,7 @@ def ingestions_router(services: Services) -> APIRouter:
         page = await ingestions.recent(after=after, limit=limit + 1, collection=collection)
         return {"object": "list", "data": [ingestion_body(one) for one in page[:limit]], "has_more": len(page) > limit}
 
-    @router.get("/v1/ingestions/{ingestion_id}")
+    @router.get("/v1/ingestions/{ingestion_id}", responses={200: {"model": IngestionResults}})
     async def read_ingestion(
         ingestion_id: str,
         limit: int = Query(100, ge=0, le=1000, description="of results; 0 for none"),
@@ -61,7 +62,7 @@ def ingestions_router(services: Services) -> APIRouter:
             "next": results[-1].cursor if results else after,
         }
 
-    @router.get("/v1/ingestions/{ingestion_id}/events", responses=EVENT_STREAM, response_class=StreamingResponse)
+    @router.get("/v1/ingestions/{ingestion_id}/events", responses=EVENTS, response_class=StreamingResponse)
     async def stream_ingestion(ingestion_id: str, request: Request) -> Response:
         """Stream progress and results as server-sent events until the end; resumes after `Last-Event-ID`."""
         last_id = request.headers.get("last-event-id", "")
@@ -75,7 +76,7 @@ def ingestions_router(services: Services) -> APIRouter:
         lines = with_heartbeats(_events(ingestions, ingestion_id, after))
         return StreamingResponse(lines, media_type="text/event-stream", headers=STREAM_HEADERS)
 
-    @router.post("/v1/ingestions/{ingestion_id}/cancel")
+    @router.post("/v1/ingestions/{ingestion_id}/cancel", responses={200: {"model": IngestionBody}})
     async def cancel_ingestion(ingestion_id: str) -> dict[str, Any]:
         """Have an ingestion end; what is ingested stays. One that runs ends within a second, and then says so."""
         return ingestion_body(await ingestions.cancel(ingestion_id))

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from app.access import caller
+from app.api.bodies import Listed, ModelBody
 from app.api.schemas import PROFILE
 from app.domain import ModelInfo
 from app.errors import LLMUnavailable, ModelNotFound
@@ -21,7 +22,7 @@ def models_router(services: Services) -> APIRouter:
     """Build the routes over the given parts."""
     router = APIRouter(tags=["models"])
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses={200: {"model": Listed[ModelBody]}})
     async def list_models() -> dict[str, Any]:
         """List the profiles that answer from documents, and the raw language model while it is up."""
         models = [_profile(name, profile) for name, profile in profiles(services.settings).items()]
@@ -29,7 +30,7 @@ def models_router(services: Services) -> APIRouter:
             models.append(_raw_model(await services.llm.info()))
         return {"object": "list", "data": models}
 
-    @router.get("/v1/models/{model:path}")
+    @router.get("/v1/models/{model:path}", responses={200: {"model": ModelBody}})
     async def read_model(model: str) -> dict[str, Any]:
         """Describe one model."""
         caller.get().allow()

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field
 
+from app.api.bodies import ResponseBody
 from app.api.filters import AttributeFilter, to_filters
 from app.api.models import find_profile
 from app.api.questions import begun, question
@@ -24,7 +25,7 @@ from app.api.schemas import (
     Wire,
     one_error,
 )
-from app.api.sse import STREAM_HEADERS, with_heartbeats
+from app.api.sse import EVENT_STREAM, STREAM_HEADERS, with_heartbeats
 from app.api.vector_stores import RankingOptions
 from app.domain import JSONFormat, Message, SamplingParams
 from app.errors import InvalidRequest, NotFound, UnsupportedParameter
@@ -47,6 +48,13 @@ NAMES = {FORMAT: "text.format", f"{FORMAT}.json_schema": "text.format", SCHEMA: 
 """What errors are about, as responses name it."""
 WITHOUT_TEXT = frozenset({"file_search_call", "reasoning"})
 """Items of earlier responses that a client sends back with the others."""
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": ResponseBody,
+        "description": "A response; with `stream` its events, of which the last has it whole, or its error.",
+        "content": EVENT_STREAM,
+    }
+}
 
 
 class InputPart(Wire):
@@ -186,7 +194,7 @@ def responses_router(services: Services) -> APIRouter:
     """Build the routes over the given parts."""
     router = APIRouter(tags=["responses"])
 
-    @router.post("/v1/responses", response_model=None)
+    @router.post("/v1/responses", response_model=None, responses=ANSWER)
     async def create_response(body: ResponsesRequest, request: Request) -> JSONResponse | StreamingResponse:
         """Answer the input from the documents, with citations; streamed if asked for. Nothing is stored."""
         body.check_supported()

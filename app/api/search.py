@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from app.api.answers import source
+from app.api.bodies import Found
 from app.api.schemas import SearchRequest
 from app.domain import Message, SearchQuery
 from app.errors import InvalidRequest
@@ -18,7 +19,7 @@ def search_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["documents"])
     retriever, settings = services.retriever, services.settings
 
-    @router.post("/v1/search")
+    @router.post("/v1/search", responses={200: {"model": Found}})
     async def search(body: SearchRequest) -> dict[str, Any]:
         """Find passages without generating an answer."""
         plan = plan_query(_conversation(body))

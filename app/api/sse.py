@@ -16,6 +16,8 @@ from app.domain import Dialect
 from app.errors import CleaveError
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+"""How the description of the API shows a stream."""
 HEARTBEAT_S = 10.0
 """A comment goes out after this much silence, before proxies take the connection for dead."""
 

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 
 from app.access import caller
+from app.api.bodies import FileReceipt, IngestionBody, Listed
 from app.api.ingestions import ingestion_body
 from app.api.multipart import receive_form
 from app.api.schemas import DocumentBody, DocumentsBody, InCollection
@@ -28,7 +29,10 @@ MAX_DOCUMENTS_PER_REQUEST = 10_000
 """In uploaded files that the client waits for; the rest of a longer one is refused."""
 
 METADATA = TypeAdapter(dict[str, Scalar])
-ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"description": "`background`: the ingestion to follow"}}
+ACCEPTED: dict[int | str, dict[str, Any]] = {
+    200: {"model": Listed[FileReceipt]},
+    202: {"model": IngestionBody, "description": "`background`: the ingestion to follow"},
+}
 BODIES = {
     "requestBody": {
         "required": True,

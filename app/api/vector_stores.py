@@ -7,6 +7,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.api.bodies import VectorStore, VectorStoreResults, VectorStores
 from app.api.filters import AttributeFilter, to_filters
 from app.api.schemas import CollectionName, Text
 from app.domain import Passage, SearchQuery, SearchResult
@@ -54,20 +55,20 @@ def vector_stores_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["vector stores"])
     retriever = services.retriever
 
-    @router.get("/v1/vector_stores")
+    @router.get("/v1/vector_stores", responses={200: {"model": VectorStores}})
     async def list_vector_stores() -> dict[str, Any]:
         """List the collections as vector stores; an id is the collection's name."""
         found = [_vector_store(one.name, one.num_documents) for one in await retriever.collections()]
         ends = {"first_id": found[0]["id"], "last_id": found[-1]["id"]} if found else {}
         return {"object": "list", "data": found, **ends, "has_more": False}
 
-    @router.get("/v1/vector_stores/{vector_store_id}")
+    @router.get("/v1/vector_stores/{vector_store_id}", responses={200: {"model": VectorStore}})
     async def read_vector_store(vector_store_id: CollectionName) -> dict[str, Any]:
         """Describe a collection as a vector store."""
         info = await retriever.info(collection=vector_store_id)
         return _vector_store(vector_store_id, info.num_documents)
 
-    @router.post("/v1/vector_stores/{vector_store_id}/search")
+    @router.post("/v1/vector_stores/{vector_store_id}/search", responses={200: {"model": VectorStoreResults}})
     async def search_vector_store(vector_store_id: CollectionName, body: VectorStoreSearchRequest) -> dict[str, Any]:
         """Find passages; with several queries what any of them finds, each by its best score."""
         body.ranking_options.check_supported("ranking_options")
