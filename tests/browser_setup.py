@@ -1,11 +1,9 @@
-"""Find a Chromium for the tests of the chat page, or install one, with axe-core: `python -m tests.browser_setup`."""
+"""Find a Chromium for the tests of the chat page, or install one: `python -m tests.browser_setup`."""
 
 import os
 import shutil
 import subprocess
 import sys
-
-from tests.npm_package import npm_package
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -29,5 +27,3 @@ def install_browser() -> None:
 
 if __name__ == "__main__":
     install_browser()
-    npm_package("axe-core")
-    npm_package("marked")

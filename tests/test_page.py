@@ -12,7 +12,7 @@ from playwright.sync_api import BrowserContext, Locator, Page, expect
 from app.chat import REFUSAL
 from app.domain import Message
 from app.errors import LLMUnavailable
-from tests.npm_package import npm_package
+from tests.node_setup import find_package
 from tests.page_service import (
     DROP,
     MAX_FILE_BYTES,
@@ -505,9 +505,9 @@ def test_the_page_follows_the_systems_colours(page: Page) -> None:
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_axe_finds_nothing_in_the_main_states(page: Page, service: PageService, colours: Any) -> None:
-    package = npm_package("axe-core")
+    package = find_package("axe-core")
     if package is None:
-        pytest.skip("axe-core cannot be fetched from the npm registry")
+        pytest.skip("no axe-core: run `python -m tests.node_setup`")
     axe = (package / "axe.min.js").read_text(encoding="utf-8")
     page.emulate_media(color_scheme=colours, reduced_motion="reduce")
     page.evaluate(axe)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Page, expect
 
-from tests.npm_package import npm_package
+from tests.node_setup import find_package
 from tests.page_service import (
     DROP,
     NEEDS_BROWSER,
@@ -189,8 +189,8 @@ def test_markdown_is_read_as_its_writers_mean_it(page: Page) -> None:
 
 
 def test_the_vendored_files_are_those_that_were_published() -> None:
-    package = npm_package("marked")
+    package = find_package("marked")
     if package is None:
-        pytest.skip("marked cannot be fetched from the npm registry")
+        pytest.skip("no marked: run `python -m tests.node_setup`")
     for name, published in (("marked.esm.js", "lib/marked.esm.js"), ("LICENSE", "LICENSE")):
         assert (VENDORED / "marked" / name).read_bytes() == (package / published).read_bytes()
