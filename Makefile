@@ -8,8 +8,8 @@ PYTHON ?= python3
 # cpu, or gpu on a machine with an NVIDIA driver.
 DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 CONFIG ?= serve_config.yaml
-# Two, since some files start a whole cluster each.
-WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+# The tests that start a cluster keep one busy, all others another.
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 PYTEST_ARGS ?=
 
 VENV := .venv

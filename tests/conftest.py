@@ -2,9 +2,9 @@
 
 import asyncio
 import json
+import os
 import socket
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -61,15 +61,13 @@ class ServiceThread(threading.Thread):
         await services.close()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where files run beside each other, begin with those that may take longest, so that none is left for the end."""
-    if not hasattr(config, "workerinput"):
-        return
-    limits: dict[Path, float] = defaultdict(float)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files run beside each other, but one cluster at a time, and these first, since they take longest."""
     for item in items:
-        if (timeout := item.get_closest_marker("timeout")) is not None:
-            limits[item.path] = max(limits[item.path], timeout.args[0])
-    items.sort(key=lambda item: -limits[item.path])
+        group = "cluster" if item.get_closest_marker("cluster") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
 
 
 @pytest.fixture

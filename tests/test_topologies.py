@@ -122,7 +122,6 @@ UNSUPPORTED: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "n": 2,
     "logprobs": True,
-    "response_format": {"type": "json_object"},
     "stop": list("abcde"),
 }
 USER: dict[str, Any] = {"messages": [{"role": "user", "content": OUTAGE}]}
@@ -387,6 +386,7 @@ def write_shipped_config(topology: str, folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(1500)
 @each_topology
 @each_request
@@ -402,6 +402,7 @@ def test_a_response_is_what_the_api_promises(
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("topology", OTHERS)
 @each_request
@@ -411,6 +412,7 @@ def test_every_topology_answers_the_same(transcripts: dict[str, dict[str, Exchan
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(1500)
 @each_topology
 @pytest.mark.parametrize(("streamed", "whole"), SAME_TEXT.items())
