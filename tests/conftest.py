@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -59,15 +58,6 @@ class ServiceThread(threading.Thread):
         self._server.set_result(server)
         await server.serve(sockets=[self._socket])
         await services.close()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the files run beside each other, but one cluster at a time, and these first, since they take longest."""
-    for item in items:
-        group = "cluster" if item.get_closest_marker("cluster") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
 
 
 @pytest.fixture

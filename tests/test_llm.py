@@ -209,15 +209,14 @@ async def small_server_behind_a_handle(folder: Path) -> AsyncIterator[Subject]:
     server.stop()
 
 
-ON_RAY = [pytest.mark.slow, pytest.mark.cluster]
 GENERATING = [
     small_server,
     pytest.param(vllm, marks=pytest.mark.slow),
     pytest.param(vllm_server, marks=pytest.mark.slow),
-    pytest.param(small_server_behind_a_handle, marks=ON_RAY),
-    pytest.param(vllm_behind_a_handle, marks=ON_RAY),
+    pytest.param(small_server_behind_a_handle, marks=pytest.mark.slow),
+    pytest.param(vllm_behind_a_handle, marks=pytest.mark.slow),
 ]
-QUOTING = [extractive, pytest.param(extractive_behind_a_handle, marks=ON_RAY)]
+QUOTING = [extractive, pytest.param(extractive_behind_a_handle, marks=pytest.mark.slow)]
 """They only quote: no sampling, no window, nothing that runs or could be taken away. What needs it is not asked."""
 
 # The fixture is built once for all tests of an engine: at no time are there two vLLMs.

@@ -386,7 +386,6 @@ def write_shipped_config(topology: str, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 @pytest.mark.timeout(1500)
 @each_topology
 @each_request
@@ -402,7 +401,6 @@ def test_a_response_is_what_the_api_promises(
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("topology", OTHERS)
 @each_request
@@ -412,7 +410,6 @@ def test_every_topology_answers_the_same(transcripts: dict[str, dict[str, Exchan
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 @pytest.mark.timeout(1500)
 @each_topology
 @pytest.mark.parametrize(("streamed", "whole"), SAME_TEXT.items())
