@@ -329,9 +329,9 @@ async def test_what_is_the_same_for_everyone_needs_no_key(
     async with service.client(address="203.0.113.9") as client:
         response = await client.get(path)
     assert response.status_code == 200
-    assert not [
-        word for word in ("num_documents", "filter_fields", "acme", "keys_file", "rates_url") if word in response.text
-    ]
+    # The description names the fields of every answer; of what they hold nothing is told anywhere.
+    fields = () if path == "/openapi.json" else ("num_documents", "filter_fields")
+    assert not [word for word in ("acme", "keys_file", "rates_url", *fields) if word in response.text]
 
 
 @in_one_loop
