@@ -20,6 +20,9 @@ from tests.browser_setup import find_browser
 from tests.conftest import ARTICLES, ServiceThread
 from tests.scripted_llm import ScriptedLLM
 
+# A busy machine encodes slowly; what is waited for is a condition, not a time.
+expect.set_options(timeout=30_000)
+
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
