@@ -93,9 +93,15 @@ async def check(store: Store, possible: dict[str, set[str]]) -> None:
 
 
 def read_log(lines: Sequence[str], before: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Say in which versions each document may be: the last that was done, or one that was begun after it."""
+    """Say in which versions each document may be: the last that was done, or one that was begun after it.
+
+    A line without its end is what the process was writing when it was killed, and says nothing yet: it writes before it
+    begins, and after it is done.
+    """
     possible = {name: set(versions) for name, versions in before.items()}
     for line in lines:
+        if not line.endswith("\n"):
+            continue
         assert not line.startswith("torn"), line
         event, name, *version = line.split()
         if event == "begin":
@@ -167,7 +173,7 @@ async def die_in_the_middle(place: Path, num_updates: int, versions: Sequence[st
 
 async def look_after(place: Path, first: str) -> None:
     store = await open_store(str(place))
-    log = place.with_suffix(".log").read_text().splitlines()
+    log = place.with_suffix(".log").read_text().splitlines(keepends=True)
     await check(store, read_log(log, {name: {first if name == "d0" else DELETED} for name in NAMES}))
     await store.close()
 
