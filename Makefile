@@ -8,8 +8,8 @@ PYTHON ?= python3
 # cpu, or gpu on a machine with an NVIDIA driver.
 DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 CONFIG ?= serve_config.yaml
-# The quick tests, two files at a time. The slow ones start clusters, and have the machine to themselves.
-FAST := -m "not slow" -n 2 --dist loadfile
+# Two files at a time. Tests that start Ray have the machine to themselves.
+TWO_FILES := -n 2 --dist loadfile
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -35,11 +35,11 @@ serve: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m tests.browser_setup
 	@$(BIN)/python -m tests.node_setup
-	$(BIN)/python -m pytest $(FAST) $(PYTEST_ARGS) || [ $$? = 5 ]  # 5: none is among those that were asked for.
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m "not ray" $(TWO_FILES) $(PYTEST_ARGS) || [ $$? = 5 ]  # 5: none was asked for.
+	$(BIN)/python -m pytest -m ray $(PYTEST_ARGS) || [ $$? = 5 ]
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest $(FAST) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(TWO_FILES) $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from app.dashboard import waiting_in_cluster
 from tests.running_cluster import Load, RunningCluster, ask, running_cluster, write_cluster_config
 from tests.running_service import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 PROPER = {200, 429, 503, 504}
 

@@ -21,6 +21,7 @@ from app.models import check_chat_model
 from app.prompts import CITING_INSTRUCTIONS, compose
 from app.services import build_llm, build_retriever
 from app.settings import AnswerSettings, LLMSettings, Settings, StoreSettings
+from tests.running_service import share_prepared_models
 from tests.scripted_llm import ScriptedLLM
 
 in_one_loop = pytest.mark.asyncio(loop_scope="module")
@@ -113,6 +114,7 @@ async def test_a_marker_hidden_in_another_one_cites_nothing(retriever: LocalRetr
 async def test_orders_in_documents_change_nothing_with_the_bundled_model(
     retriever: LocalRetriever, tmp_path: Path
 ) -> None:
+    share_prepared_models(tmp_path)
     llm = await build_llm(Settings(data_dir=tmp_path, llm=LLMSettings(max_num_seqs=2)), "cpu")
     try:
         settings = AnswerSettings(num_passages=50)

@@ -213,10 +213,10 @@ GENERATING = [
     small_server,
     pytest.param(vllm, marks=pytest.mark.slow),
     pytest.param(vllm_server, marks=pytest.mark.slow),
-    pytest.param(small_server_behind_a_handle, marks=pytest.mark.slow),
-    pytest.param(vllm_behind_a_handle, marks=pytest.mark.slow),
+    pytest.param(small_server_behind_a_handle, marks=[pytest.mark.slow, pytest.mark.ray]),
+    pytest.param(vllm_behind_a_handle, marks=[pytest.mark.slow, pytest.mark.ray]),
 ]
-QUOTING = [extractive, pytest.param(extractive_behind_a_handle, marks=pytest.mark.slow)]
+QUOTING = [extractive, pytest.param(extractive_behind_a_handle, marks=[pytest.mark.slow, pytest.mark.ray])]
 """They only quote: no sampling, no window, nothing that runs or could be taken away. What needs it is not asked."""
 
 # The fixture is built once for all tests of an engine: at no time are there two vLLMs.

@@ -11,7 +11,7 @@ from tests.running_cluster import QUESTION, Load, RunningCluster, ask, running_c
 from tests.running_service import free_port
 from tests.tiny_models import make_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 PORT = free_port()
 NUM_TOKENS = 40

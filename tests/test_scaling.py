@@ -165,6 +165,7 @@ async def burst(cluster: RunningCluster, ask: Any, num_clients: int) -> AsyncIte
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("tier", "ask", "num_clients"), [("LLM", generation, 4), ("Retriever", search, 8), ("Ingress", slow_upload, 20)]

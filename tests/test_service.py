@@ -19,7 +19,7 @@ from reportlab.pdfgen import canvas
 
 from tests.running_service import ROOT, RunningService, running, start, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 QUESTION = "How long did the Reading Room outage on 14 October 2025 last?"
 BIN = Path(sys.executable).parent

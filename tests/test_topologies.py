@@ -10,7 +10,7 @@ from urllib.parse import quote
 import pytest
 import yaml
 
-from tests.running_service import ROOT, free_port, running
+from tests.running_service import ROOT, free_port, running, share_prepared_models
 from tests.test_docs import code_of, rows, section
 from tests.transcript import (
     Exchange,
@@ -376,16 +376,14 @@ def write_shipped_config(topology: str, folder: Path) -> Path:
     config["http_options"]["port"] = free_port()
     config["applications"][0]["args"]["data_dir"] = str(own / "data")
     config["applications"][0]["args"]["llm"]["device"] = "cpu"
-    models = folder / "models"  # Prepared once for all.
-    models.mkdir(exist_ok=True)
-    (own / "data").mkdir(parents=True)
-    (own / "data" / "models").symlink_to(models)
+    share_prepared_models(own / "data")
     path = own / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.timeout(1500)
 @each_topology
 @each_request
@@ -401,6 +399,7 @@ def test_a_response_is_what_the_api_promises(
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("topology", OTHERS)
 @each_request
@@ -410,6 +409,7 @@ def test_every_topology_answers_the_same(transcripts: dict[str, dict[str, Exchan
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.timeout(1500)
 @each_topology
 @pytest.mark.parametrize(("streamed", "whole"), SAME_TEXT.items())
