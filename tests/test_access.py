@@ -239,6 +239,9 @@ async def test_an_ingestion_is_there_for_those_who_may_know_of_its_collection(
             assert there.text.replace(own[len("/v1/ingestions/") :], nowhere[len("/v1/ingestions/") :]) == absent.text
         assert (await stranger.get("/v1/ingestions")).json()["data"] == []
         assert "event: end" in (await owner.get(f"{own}/events")).text
+        for client, status in ((owner, 204), (stranger, 404)):
+            again = await client.get(f"{own}/events", headers={"Last-Event-ID": "end"})
+            assert again.status_code == status
 
 
 # --- Dialects --------------------------------------------------------------------------------------------------------
@@ -343,6 +346,12 @@ async def test_no_other_way_to_write_a_path_needs_less(service: KeyedService, ke
     async with service.client() as client:
         response = await client.get(httpx.URL(ADDRESS).copy_with(raw_path=path.encode()))
     assert response.status_code in (401, 404)
+
+
+@in_one_loop
+async def test_a_slash_too_many_leads_to_the_route(service: KeyedService, keys: dict[str, str]) -> None:
+    async with service.client(keys["acme"]) as client:
+        assert (await client.get("/v1/collections/", follow_redirects=True)).status_code == 200
 
 
 @in_one_loop
