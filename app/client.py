@@ -161,11 +161,11 @@ class Client:
 
     async def document(self, document_id: str) -> Record:
         """Read one document with its text."""
-        return await self._request("GET", f"/v1/documents/{quote(document_id)}", params=self._collection)
+        return await self._request("GET", _document_path(document_id), params=self._collection)
 
     async def delete(self, document_id: str) -> Record:
         """Remove one document; give the receipt."""
-        answer = await self._request("DELETE", f"/v1/documents/{quote(document_id)}", params=self._collection)
+        answer = await self._request("DELETE", _document_path(document_id), params=self._collection)
         receipt: Record = answer["receipt"]
         return receipt
 
@@ -180,7 +180,7 @@ class Client:
 
     async def drop_collection(self, name: str) -> None:
         """Remove a collection with all its documents."""
-        await self._request("DELETE", f"/v1/collections/{quote(name)}")
+        await self._request("DELETE", f"/v1/collections/{quote(name, safe='')}")
 
     async def search_index(self, query: str, *, index: str, ranking: Ranking, top_k: int) -> list[str]:
         """Find the documents of passages, best first and each once, in the `live` or the `candidate` index."""
@@ -268,6 +268,11 @@ def _patience(num_bytes: int) -> httpx.Timeout:
 
 def _conversation(history: Sequence[Message], question: str) -> list[Record]:
     return [asdict(message) for message in (*history, Message("user", question))]
+
+
+def _document_path(document_id: str) -> str:
+    # With its slashes hidden: httpx would take `..` between them for a step, to another document.
+    return f"/v1/documents/{quote(document_id, safe='')}"
 
 
 def _normalise_url(url: str) -> str:
