@@ -22,7 +22,7 @@ from app.client import Client
 from app.errors import Forbidden, InvalidKey
 from app.keys import create_key
 from app.telemetry import JSONFormatter, TextFormatter, logger
-from tests.conftest import ServiceThread
+from tests.conftest import running
 from tests.keyed_service import ADDRESS, QUESTION, KeyedService, add, error_of, keyed_service, settings_for
 from tests.scripted_llm import ScriptedLLM
 from tests.tiny_models import make_encoder
@@ -483,11 +483,8 @@ def test_the_text_format_says_the_same_in_one_line() -> None:
 @pytest.fixture(scope="module")
 def live(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     folder = tmp_path_factory.mktemp("live")
-    thread = ServiceThread(settings_for(folder, encoder))
-    thread.start()
-    thread.wait_until_built()
-    yield thread.url, folder
-    thread.stop()
+    with running(settings_for(folder, encoder)) as running_service:
+        yield running_service.url, folder
 
 
 def cleave(url: str, key: str, *arguments: str) -> Result:
