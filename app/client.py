@@ -92,7 +92,7 @@ class Client:
 
     async def chat(self, question: str, *, history: Sequence[Message] = (), **rag: Any) -> Record:
         """Answer a question after the earlier messages `history`; `rag` are the options of that extension."""
-        body = {"messages": _conversation(history, question), "rag": {**rag, **self._collection}}
+        body = {"messages": _conversation(history, question), "rag": self._rag(rag)}
         return await self._request("POST", "/v1/chat/completions", json=body)
 
     async def stream_chat(
@@ -103,7 +103,7 @@ class Client:
             "messages": _conversation(history, question),
             "stream": True,
             "stream_options": {"include_usage": True},
-            "rag": {**rag, **self._collection},
+            "rag": self._rag(rag),
         }
         async with self._translated_errors(), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.is_error:
@@ -222,6 +222,10 @@ class Client:
             return {"status": "not_ready", "parts": {"API": {"error": error.message}}}
         body: Record = _json(response)
         return body
+
+    def _rag(self, options: Record) -> Record:
+        # The key may be for programs that are told sources in another way.
+        return {"dialect": "annotations", **options, **self._collection}
 
     async def _request(self, method: str, path: str, **options: Any) -> Record:
         async with self._translated_errors():

@@ -19,6 +19,7 @@ from app.access import caller
 from app.api.authentication import is_open
 from app.cli import main
 from app.client import Client
+from app.domain import Dialect, Document
 from app.errors import Forbidden, InvalidKey
 from app.keys import create_key
 from app.telemetry import JSONFormatter, TextFormatter, logger
@@ -539,6 +540,21 @@ def test_serving_other_machines_without_a_key_is_refused_before_anything_starts(
     assert "`cleave keys create NAME --admin`, or set http_options.host: 127.0.0.1." in refused.output
     assert refused.output.count("\n") == 1
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("dialect", ["openwebui", "markdown"])
+async def test_the_terminals_client_is_told_sources_in_its_own_way(
+    encoder: str, tmp_path: Path, dialect: Dialect
+) -> None:
+    async with keyed_service(settings_for(tmp_path, encoder)) as found:
+        key = found.create("webui", read=["acme"], write=["acme"], dialect=dialect)
+        async with Client(ADDRESS, api_key=key, transport=httpx.ASGITransport(found.api)) as client:
+            await client.add([Document("report", "Report", ACME_FACT)])
+            question = "How long did the outage of the harbour crane last?"
+            message = (await client.chat(question))["choices"][0]["message"]
+            chunks = [chunk async for chunk in client.stream_chat(question)]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    assert message["content"] == "".join(delta.get("content") or "" for delta in deltas) == f"“{ACME_FACT}” [1]"
 
 
 async def test_the_terminals_client_sends_the_key_and_explains_a_refusal(encoder: str, tmp_path: Path) -> None:
