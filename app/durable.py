@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
@@ -46,7 +46,9 @@ async def finish_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        await asyncio.gather(work, return_exceptions=True)
+        while not work.done():
+            with suppress(asyncio.CancelledError):  # Cancelled once more.
+                await asyncio.gather(asyncio.shield(work), return_exceptions=True)
         raise
 
 
