@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from app.api.answers import document_path
 from app.api.document_page import document_page
-from app.domain import Chunk, StoredDocument
+from app.api.documents import _read
+from app.client import Client
+from app.domain import Chunk, Document, StoredDocument
+from app.errors import WriteConflict
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 SHELF = "shelf"
@@ -228,6 +231,24 @@ def test_nothing_of_a_document_becomes_markup(
         assert read.chunks.get("0", "") == text[:cut]
 
 
+class Restless:
+    """A retriever whose one document is another version whenever its chunks are asked for."""
+
+    version = 0
+
+    async def document(self, document_id: str, **_: Any) -> tuple[StoredDocument, str]:
+        self.version += 1
+        return StoredDocument(document_id, "", "", {}, 1, 1, "", self.version, 0.0, 0.0), "x"
+
+    async def chunks(self, document_id: str, **_: Any) -> list[Chunk] | None:
+        return None
+
+
+async def test_a_document_that_never_stands_still_is_given_up() -> None:
+    with pytest.raises(WriteConflict, match="'log' changes faster"):
+        await _read(Restless(), "log", None, None)  # type: ignore[arg-type]
+
+
 # --- Citations -------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +273,17 @@ def test_every_citation_leads_to_its_chunk_also_in_another_collection(client: ht
         assert page.status_code == 200
         assert "3 March 1911" in Reader.read(page.text).chunks[url.fragment]
     assert client.delete(document_path(document_id)).status_code == 200
+
+
+async def test_the_terminals_client_takes_no_step_out_of_an_id(live_service: str) -> None:
+    ids = ["steps/a.md", "steps/x/../a.md", "steps/b c?.md#1"]
+    documents = [Document(one, one, f"The text of {one}.") for one in ids]
+    async with Client(live_service, collection="steps") as client:
+        await client.add(documents)
+        assert [(await client.document(one))["id"] for one in ids] == ids
+        await client.delete(ids[1])
+        assert [one["id"] async for one in client.documents()] == [ids[0], ids[2]]
+        await client.drop_collection("steps")
 
 
 @given(st.lists(st.sampled_from([".", "..", "a", "", "%2e", "b c"]), min_size=1, max_size=4).map("/".join))

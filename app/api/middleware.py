@@ -13,7 +13,7 @@ from app.api.errors import error_response, internal_error
 from app.errors import CrossOrigin, TooLarge, TooSlow
 from app.telemetry import logger, request_id
 
-ACCEPTED_ID = re.compile(r"[\w.:-]{1,128}")
+ACCEPTED_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 OWN_HEADER = b"openai-processing-ms"
 """Every answer of this API has it; what Serve's proxy answers by itself has not."""
 QUIET_PATHS = frozenset({"/livez", "/readyz", "/health"})
