@@ -16,7 +16,7 @@ export function ask(question) {
   byId("conversation").append(turn.node);
   showPage();
   start(turn);
-  scrollTo(0, document.documentElement.scrollHeight);
+  turn.node.scrollIntoView();
   return true;
 }
 

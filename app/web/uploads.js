@@ -53,7 +53,7 @@ class UploadLine {
     this.bar = el("progress", { "aria-label": `Progress of ${file.name}`, max: "1", value: "0" });
     this.text = el("span", { class: "small outcome" }, "waiting");
     this.stop = button("Cancel", {
-      class: "quiet cancel", "aria-label": `Cancel ${file.name}`, onclick: () => this.stopping.abort(),
+      class: "quiet cancel", "aria-label": `Cancel ${file.name}`, onclick: () => this.cancel(),
     });
     this.node = el("li", { class: "upload" },
       el("span", { class: "file", dir: "auto" }, file.name),
@@ -61,6 +61,12 @@ class UploadLine {
       this.stop,
       this.bar,
       this.text);
+  }
+
+  cancel() {
+    this.showText("cancelling");
+    this.stopping.abort();
+    byId("file-input").focus(); // The button is about to go, and the focus with it.
   }
 
   /** Send it, show what became of it, and tell whether any document is new or changed. */
