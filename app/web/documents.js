@@ -3,7 +3,7 @@
 import { deleteDocument, fetchDocuments } from "./api.js";
 import { announce, button, byId, closeByClickBeside, el, errorBox, smallPrint } from "./dom.js";
 import { titleButton } from "./reader.js";
-import { byline, number, plural } from "./words.js";
+import { byline, number, plural, titleOf } from "./words.js";
 
 const list = { total: 0, lastId: null };
 
@@ -60,7 +60,7 @@ function documentRow(item) {
 }
 
 function offerDelete(row, item) {
-  const attributes = { class: "quiet delete", "aria-label": `Delete ${item.title}` };
+  const attributes = { class: "quiet delete", "aria-label": `Delete ${titleOf(item)}` };
   row.querySelector(".actions").replaceChildren(
     button("Delete", { ...attributes, onclick: () => confirmDelete(row, item) }));
 }
@@ -73,7 +73,7 @@ function confirmDelete(row, item) {
   };
   row.querySelector(".actions").replaceChildren(
     button("Delete for good", {
-      class: "danger confirm-delete", "aria-label": `Delete for good: ${item.title}`, onclick: () => remove(row, item),
+      class: "danger confirm-delete", "aria-label": `Delete for good: ${titleOf(item)}`, onclick: () => remove(row, item),
     }),
     button("Keep", { class: "quiet keep", onclick: keep }));
   row.querySelector(".keep").focus();
@@ -91,6 +91,6 @@ async function remove(row, item) {
   const neighbour = row.nextElementSibling ?? row.previousElementSibling;
   row.remove();
   setTotal(list.total - 1);
-  announce(`Deleted ${item.title}.`);
+  announce(`Deleted ${titleOf(item)}.`);
   (neighbour?.querySelector("button") ?? byId("file-input")).focus();
 }

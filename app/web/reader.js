@@ -3,7 +3,7 @@
 import { fetchDocument } from "./api.js";
 import { button, byId, closeByClickBeside, el, errorBox, smallPrint } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
-import { byline } from "./words.js";
+import { byline, titleOf } from "./words.js";
 
 export function listenForReader() {
   closeByClickBeside(byId("reader-dialog"));
@@ -35,10 +35,6 @@ async function openDocument(item, source) {
       if (error.name !== "AbortError") text.replaceChildren(errorBox(error, load));
     }
   }
-}
-
-function titleOf({ title }) {
-  return title || "Untitled";
 }
 
 /** The chunks that a source's passage is made of: the one that it names, maybe one beside it. None if they changed. */
