@@ -423,6 +423,7 @@ def test_an_upload_is_cancelled_while_it_waits_and_after_it_was_sent(
     network.send("Network.emulateNetworkConditions", NETWORK)
     expect(sent.locator(".outcome")).to_have_text("cancelled")
     expect(waiting.locator(".outcome")).to_have_text("cancelled")
+    expect(page.locator(".upload.failed")).to_have_count(0)
     ended = service.client.get("/v1/ingestions", params={"limit": 2}).json()["data"]
     assert [one["status"] for one in ended] == ["cancelled", "running"]
 

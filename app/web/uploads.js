@@ -90,7 +90,8 @@ class UploadLine {
       const options = { signal: this.stopping.signal, onSent: (share) => this.showSent(share) };
       return await this.follow(await uploadFile(this.file, options));
     } catch (error) {
-      return { ok: false, text: error.name === "AbortError" ? "cancelled" : `failed: ${error.message}` };
+      return error.name === "AbortError" ? { ok: true, text: "cancelled" }
+        : { ok: false, text: `failed: ${error.message}` };
     }
   }
 
@@ -105,7 +106,7 @@ class UploadLine {
       if (event === "progress") this.showIngested(content);
       if (event === "end" && content.status !== "completed") {
         const text = content.error ? `${content.status}: ${content.error}` : content.status;
-        return { ok: false, text, hasChanged: results.length > 0 };
+        return { ok: content.status === "cancelled", text, hasChanged: results.length > 0 };
       }
     }
     return { ...describeReceipts(results), hasChanged: results.some(({ status }) => IS_NEW.has(status)) };
