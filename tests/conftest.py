@@ -53,6 +53,11 @@ class ServiceThread(threading.Thread):
         """Call something in the thread of the service."""
         self._loop.call_soon_threadsafe(callback)
 
+    def cut_connections(self) -> None:
+        """Break every connection off, as a failing network does."""
+        connections = self._server.result().server_state.connections
+        self.call_soon(lambda: [one.transport.abort() for one in tuple(connections)])
+
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         services = await build_services(self._settings, device="cpu", llm=self._llm)
