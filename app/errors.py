@@ -7,6 +7,7 @@ CleaveError
  |   +- UnknownFilter         400
  |   +- UnreadableFile        400
  |   +- TooLarge              413
+ |   +- HeadTooLarge          431
  |   +- TooSlow               408
  |   +- CrossOrigin           403
  +- AccessDenied              403  who sent it may not do this
@@ -89,8 +90,15 @@ class TooLarge(InvalidRequest):
     code = "too_large"
 
 
+class HeadTooLarge(InvalidRequest):
+    """A request line and headers over the limit."""
+
+    status = 431
+    code = "headers_too_large"
+
+
 class TooSlow(InvalidRequest):
-    """A body that comes slower than anybody's connection is."""
+    """A request that comes slower than anybody's connection is."""
 
     status = 408
     code = "too_slow"

@@ -67,7 +67,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def head(route: str = "/v1/documents", content_type: str = FORM, **headers: str) -> bytes:
-    lines = [f"POST {route} HTTP/1.1", "Host: cleave.test", f"Content-Type: {content_type}"]
+    lines = [f"POST {route} HTTP/1.1", "Host: localhost", f"Content-Type: {content_type}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode()
 

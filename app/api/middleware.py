@@ -102,7 +102,10 @@ class SameOrigin:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        headers = dict(scope.get("headers", []))
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
         origin = headers.get(b"origin", b"").decode("latin-1")
         own = headers.get(b"host", b"").decode("latin-1")
         if origin and scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin.partition("://")[2] != own:
