@@ -8,6 +8,7 @@ CleaveError
  |   +- UnreadableFile        400
  |   +- TooLarge              413
  |   +- HeadTooLarge          431
+ |   +- CompressedBody        415
  |   +- TooSlow               408
  |   +- CrossOrigin           403
  +- AccessDenied              403  who sent it may not do this
@@ -95,6 +96,13 @@ class HeadTooLarge(InvalidRequest):
 
     status = 431
     code = "headers_too_large"
+
+
+class CompressedBody(InvalidRequest):
+    """A body in a Content-Encoding."""
+
+    status = 415
+    code = "compressed_body"
 
 
 class TooSlow(InvalidRequest):
