@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from app.access import caller
 from app.api.bodies import ChatCompletion
+from app.api.json_bodies import JSONRoute
 from app.api.models import find_profile
 from app.api.questions import begun, question
 from app.api.schemas import ChatCompletionRequest
@@ -27,7 +28,7 @@ ANSWER: dict[int | str, dict[str, Any]] = {
 
 def chat_router(services: Services) -> APIRouter:
     """Build the routes over the given parts."""
-    router = APIRouter(tags=["chat"])
+    router = APIRouter(tags=["chat"], route_class=JSONRoute)
     answer = services.settings.answer
 
     @router.post("/v1/chat/completions", response_model=None, responses=ANSWER)
