@@ -16,9 +16,9 @@ from app.domain import Delta, GenerationRequest, ModelInfo
 from app.errors import CleaveError
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
-from app.settings import AnswerSettings, APISettings, EmbeddingSettings, Settings, StoreSettings
+from app.settings import AnswerSettings, APISettings, EmbeddingSettings
 from tests.browser_setup import find_browser
-from tests.conftest import ARTICLES, ServiceThread
+from tests.conftest import ServiceThread, sample_settings
 from tests.scripted_llm import ScriptedLLM
 
 # A busy machine encodes slowly; what is waited for is a condition, not a time.
@@ -81,13 +81,11 @@ class PageService:
     """A running service with the sample articles. Its text is streamed at once and checked at the end (`flag`)."""
 
     def __init__(self, data_dir: Path, embedding: EmbeddingSettings | None = None, key: str = "") -> None:
-        settings = Settings(
-            seed=ARTICLES,
-            store=StoreSettings(kind="memory"),
+        settings = sample_settings(
+            data_dir,
             answer=AnswerSettings(grounding="flag"),
             api=APISettings(max_file_bytes=MAX_FILE_BYTES),
             embedding=embedding or EmbeddingSettings(),
-            data_dir=data_dir,
         )
         self.llm = PlayedLLM()
         self._thread = ServiceThread(settings, self.llm)

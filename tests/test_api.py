@@ -20,7 +20,7 @@ import pytest_asyncio
 import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.models import OpenAPI
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from reportlab.lib.pdfencrypt import StandardEncryption
@@ -535,7 +535,6 @@ BODIES = {
 }
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(BODIES)), st.data())
 def test_no_body_is_answered_with_an_internal_error(route: str, data: st.DataObject) -> None:
     class Nothing:

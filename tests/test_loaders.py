@@ -10,7 +10,7 @@ from pathlib import Path
 
 import docx
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from reportlab.lib.pdfencrypt import StandardEncryption
 from reportlab.pdfgen.canvas import Canvas
@@ -429,7 +429,6 @@ FRAGMENTS += ["\uff40", "\u1fef", "\uff5e", "²", "\u00a8", "\u0385", "…", "\f
 messy_text = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=40).map("".join)
 
 
-@settings(deadline=None)
 @given(messy_text)
 @example("\uff40\uff40\uff40\n２\n```")
 @example("`\u200b`\u200b`\n２")
@@ -442,7 +441,6 @@ def test_normalising_twice_changes_nothing_more(text: str):
 CODE_CHARACTERS = st.characters(codec="utf-8", exclude_categories=("C", "Zl", "Zp"), exclude_characters="`~")
 
 
-@settings(deadline=None)
 @given(st.text(CODE_CHARACTERS | st.just("\n")), st.sampled_from(["```", "~~~", "`````"]), st.text(CODE_CHARACTERS))
 def test_code_is_kept_byte_for_byte(code: str, fence: str, prose: str):
     block = f"{fence}\n{code}\n{fence}"

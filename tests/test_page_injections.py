@@ -156,7 +156,7 @@ ATTRIBUTES = {
 
 
 @given(texts=st.lists(st.lists(PIECES, max_size=30).map("".join), min_size=20, max_size=20))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_markdown_makes_only_elements_of_markdown(page: Page, texts: list[str]) -> None:
     for tag, attributes in page.evaluate(RENDER, texts):
         assert tag in TAGS

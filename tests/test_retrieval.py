@@ -392,7 +392,7 @@ async def test_no_chunk_is_ever_cut_by_the_encoders_window(empty: Index, documen
     assert (receipt.status, receipt.num_truncated_chunks) == ("created", 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(title=st.text(max_size=300), text=st.text(min_size=1, max_size=400), repeat=st.integers(1, 20))
 def test_whatever_is_written_fits_the_window(embedder: Embedder, title: str, text: str, repeat: int) -> None:
     ingestor = Ingestor(embedder, None, ChunkingSettings())  # type: ignore[arg-type]  # nothing is stored

@@ -65,7 +65,7 @@ FAMILIES = "Llama Mistral Qwen2 Qwen3 Gemma Gemma2 Gemma3Text Phi3 SmolLM3 Mixtr
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_parameters_are_those_that_transformers_builds(family: str, data: st.DataObject) -> None:
     kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     head_dim = data.draw(st.sampled_from([8, 16]))
@@ -325,7 +325,7 @@ def test_a_share_that_leaves_nothing_for_cuda_is_a_problem() -> None:
     quantization=st.sampled_from([None, "fp8_per_tensor", "mxfp4"]),
     is_checkpoint_quantised=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_advice_that_is_followed_fits(
     name: str, gpu: str, length: int, sequences: int, quantization: str | None, is_checkpoint_quantised: bool
 ) -> None:

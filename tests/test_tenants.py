@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from tests.keyed_service import keyed_service, settings_for
@@ -268,7 +268,7 @@ async def begin(world: World) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=CASES)
 @given(steps=steps)
 async def test_nothing_of_a_tenant_reaches_another(world: World, steps: list[tuple[Write, list[Read]]]) -> None:
     await begin(world)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from app.api import middleware
@@ -313,7 +313,6 @@ NEARLY_CUT = st.lists(st.sampled_from([b"\r", b"\n", b"--", b"c", b"cut", b"\r\n
 CONTENTS = (st.binary() | NEARLY_CUT).filter(lambda content: b"\r\n--cut" not in b"\r\n" + content)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(FILE_NAMES, CONTENTS), max_size=4), st.integers(1, 50))
 def test_files_are_written_as_they_were_sent(
     tmp_path_factory: pytest.TempPathFactory, files: list[tuple[str, bytes]], size: int
