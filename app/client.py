@@ -92,7 +92,7 @@ class Client:
 
     async def chat(self, question: str, *, history: Sequence[Message] = (), **rag: Any) -> Record:
         """Answer a question after the earlier messages `history`; `rag` are the options of that extension."""
-        body = {"messages": _conversation(history, question), "rag": {**rag, **self._collection}}
+        body = {"messages": _conversation(history, question), "rag": self._rag(rag)}
         return await self._request("POST", "/v1/chat/completions", json=body)
 
     async def stream_chat(
@@ -103,7 +103,7 @@ class Client:
             "messages": _conversation(history, question),
             "stream": True,
             "stream_options": {"include_usage": True},
-            "rag": {**rag, **self._collection},
+            "rag": self._rag(rag),
         }
         async with self._translated_errors(), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.is_error:
@@ -161,11 +161,11 @@ class Client:
 
     async def document(self, document_id: str) -> Record:
         """Read one document with its text."""
-        return await self._request("GET", f"/v1/documents/{quote(document_id)}", params=self._collection)
+        return await self._request("GET", _document_path(document_id), params=self._collection)
 
     async def delete(self, document_id: str) -> Record:
         """Remove one document; give the receipt."""
-        answer = await self._request("DELETE", f"/v1/documents/{quote(document_id)}", params=self._collection)
+        answer = await self._request("DELETE", _document_path(document_id), params=self._collection)
         receipt: Record = answer["receipt"]
         return receipt
 
@@ -180,7 +180,7 @@ class Client:
 
     async def drop_collection(self, name: str) -> None:
         """Remove a collection with all its documents."""
-        await self._request("DELETE", f"/v1/collections/{quote(name)}")
+        await self._request("DELETE", f"/v1/collections/{quote(name, safe='')}")
 
     async def search_index(self, query: str, *, index: str, ranking: Ranking, top_k: int) -> list[str]:
         """Find the documents of passages, best first and each once, in the `live` or the `candidate` index."""
@@ -222,6 +222,10 @@ class Client:
             return {"status": "not_ready", "parts": {"API": {"error": error.message}}}
         body: Record = _json(response)
         return body
+
+    def _rag(self, options: Record) -> Record:
+        # The key may be for programs that are told sources in another way.
+        return {"dialect": "annotations", **options, **self._collection}
 
     async def _request(self, method: str, path: str, **options: Any) -> Record:
         async with self._translated_errors():
@@ -268,6 +272,11 @@ def _patience(num_bytes: int) -> httpx.Timeout:
 
 def _conversation(history: Sequence[Message], question: str) -> list[Record]:
     return [asdict(message) for message in (*history, Message("user", question))]
+
+
+def _document_path(document_id: str) -> str:
+    # With its slashes hidden: httpx would take `..` between them for a step, to another document.
+    return f"/v1/documents/{quote(document_id, safe='')}"
 
 
 def _normalise_url(url: str) -> str:

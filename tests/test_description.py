@@ -11,8 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from app.api.description import EXAMPLES, JSON
-from app.settings import LLMSettings, Settings, StoreSettings
-from tests.conftest import ARTICLES, ServiceThread
+from tests.conftest import running, sample_settings
 
 RECORDED: Mapping[str, Any] = json.loads(EXAMPLES.read_text(encoding="utf-8"))
 """In an order in which they can be done."""
@@ -22,18 +21,11 @@ DEADLINE_S = 60
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """Start one of its own, since examples delete too."""
-    settings = Settings(
-        seed=ARTICLES,
-        store=StoreSettings(kind="memory"),
-        llm=LLMSettings(engine="extractive"),
-        data_dir=tmp_path_factory.mktemp("description"),
-    )
-    thread = ServiceThread(settings)
-    thread.start()
-    thread.wait_until_built()
-    with httpx.Client(base_url=thread.url, timeout=DEADLINE_S) as client:
+    with (
+        running(sample_settings(tmp_path_factory.mktemp("description"))) as running_service,
+        httpx.Client(base_url=running_service.url, timeout=DEADLINE_S) as client,
+    ):
         yield client
-    thread.stop()
 
 
 @pytest.fixture(scope="module")

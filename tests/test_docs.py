@@ -13,6 +13,7 @@ from app import errors
 from app.api.sse import CompletionWriter
 from app.chat import AnswerEnd, AnswerEvent, AnswerStart
 from app.cli import main
+from app.cli.ask import DEGRADED, GROUNDED
 from app.domain import Grounded
 from app.errors import CleaveError
 from app.prompts import CITING_INSTRUCTIONS
@@ -134,6 +135,12 @@ async def test_the_table_of_rag_names_every_field() -> None:
     completion = await CompletionWriter(model="cleave", base_url="").completion(events())
     tables = section("What an answer carries")
     assert named(tables) == set(completion["rag"]) | set(get_args(Grounded))
+
+
+def test_the_terminal_has_words_for_whatever_an_answer_says_of_itself() -> None:
+    [degraded] = [row[1] for row in rows(section("What an answer carries")) if code_of(row[0]) == "degraded"]
+    assert set(INLINE.findall(degraded)) == set(DEGRADED)
+    assert set(get_args(Grounded)) == set(GROUNDED)
 
 
 def test_the_table_of_commands_names_every_verb_and_target() -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from app.api.answers import document_path
 from app.api.document_page import document_page
-from app.domain import Chunk, StoredDocument
+from app.client import Client
+from app.domain import Chunk, Document, StoredDocument
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 SHELF = "shelf"
@@ -252,6 +253,17 @@ def test_every_citation_leads_to_its_chunk_also_in_another_collection(client: ht
         assert page.status_code == 200
         assert "3 March 1911" in Reader.read(page.text).chunks[url.fragment]
     assert client.delete(document_path(document_id)).status_code == 200
+
+
+async def test_the_terminals_client_takes_no_step_out_of_an_id(live_service: str) -> None:
+    ids = ["steps/a.md", "steps/x/../a.md", "steps/b c?.md#1"]
+    documents = [Document(one, one, f"The text of {one}.") for one in ids]
+    async with Client(live_service, collection="steps") as client:
+        await client.add(documents)
+        assert [(await client.document(one))["id"] for one in ids] == ids
+        await client.delete(ids[1])
+        assert [one["id"] async for one in client.documents()] == [ids[0], ids[2]]
+        await client.drop_collection("steps")
 
 
 @given(st.lists(st.sampled_from([".", "..", "a", "", "%2e", "b c"]), min_size=1, max_size=4).map("/".join))

@@ -1,7 +1,8 @@
-"""Files that are whole or not there, and folders that one process holds."""
+"""Files that are whole or not there, and what one process has at a time."""
 
 import asyncio
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.durable import Hold, finish_in_thread, write_whole
+from app.durable import Hold, finish_in_thread, in_turn, write_whole
 from tests.conftest import ROOT
 
 HOLDER = """
@@ -62,10 +63,41 @@ def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path: Path, mon
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="power"):
         write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("state.json", b"old")]
     monkeypatch.undo()
     write_whole(path, b"newer")
     assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("state.json", b"newer")]
+
+
+def test_a_secret_is_for_its_owner_from_the_first_byte_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "keys.json", []
+    draft = tmp_path / ".keys.json.draft"
+    draft.touch(mode=0o644)  # As a kill has left it.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append(stat.S_IMODE(os.fstat(descriptor).st_mode)))
+    write_whole(path, b"secret", mode=0o600)
+    assert seen[0] == 0o600
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_one_waits_until_another_is_through(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    order: list[str] = []
+    waits = threading.Event()
+
+    def second() -> None:
+        waits.set()
+        with in_turn(lock):
+            order.append("second")
+
+    with in_turn(lock):
+        thread = threading.Thread(target=second)
+        thread.start()
+        waits.wait()
+        # It stands before the lock for as long as we hold it.
+        thread.join(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 async def test_who_is_cancelled_waits_for_the_end_of_what_was_begun() -> None:

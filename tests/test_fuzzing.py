@@ -16,8 +16,7 @@ from schemathesis.specs.openapi.checks import (
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
 from app.keys import create_key, keys_path
-from app.settings import LLMSettings, Settings, StoreSettings
-from tests.conftest import ARTICLES, ServiceThread
+from tests.conftest import running, sample_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -40,21 +39,13 @@ class Fuzzed:
 @pytest.fixture(scope="module", params=["without keys", "with a key"])
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
     """Start one of its own, since documents and collections come and go."""
-    configured = Settings(
-        seed=ARTICLES,
-        store=StoreSettings(kind="memory"),
-        llm=LLMSettings(engine="extractive"),
-        data_dir=tmp_path_factory.mktemp("fuzzing"),
-    )
+    configured = sample_settings(tmp_path_factory.mktemp("fuzzing"))
     headers = {}
     if request.param == "with a key":
         _, secret = create_key(keys_path(configured), "fuzzer", is_admin=True)
         headers = {"Authorization": f"Bearer {secret}"}
-    thread = ServiceThread(configured)
-    thread.start()
-    thread.wait_until_built()
-    yield Fuzzed(schemathesis.openapi.from_url(f"{thread.url}/openapi.json"), headers)
-    thread.stop()
+    with running(configured) as running_service:
+        yield Fuzzed(schemathesis.openapi.from_url(f"{running_service.url}/openapi.json"), headers)
 
 
 @pytest.mark.parametrize("mode", GenerationMode)

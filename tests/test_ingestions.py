@@ -313,6 +313,15 @@ async def test_another_process_goes_on_where_the_first_one_ended(tmp_path: Path,
     assert (done.status, done.num_documents_done, done.num_documents, done.num_chunks) == ("completed", 8, 8, 16)
 
 
+async def test_a_result_cut_short_before_any_other_is_forgotten(tmp_path: Path, retriever: StepwiseRetriever) -> None:
+    jobs = jobs_of(tmp_path, retriever)
+    sent = await submit(jobs, "a", "b", "c")
+    (tmp_path / "ingestions" / sent.id / "results.jsonl").write_text('{"file": "cut sh')  # As a kill leaves it.
+    async with working(tmp_path, retriever) as jobs:
+        assert (await finished(jobs, sent)).status == "completed"
+        assert await reported(jobs, sent) == ["a", "b", "c"]
+
+
 async def test_nobody_works_on_what_another_holds(tmp_path: Path, retriever: StepwiseRetriever) -> None:
     jobs = jobs_of(tmp_path, retriever)
     sent = await submit(jobs, "a")

@@ -15,7 +15,6 @@ from app.models import (
     BUNDLED_ENCODERS,
     HUB_ID,
     ModelReference,
-    _exclusive,
     check_chat_model,
     is_prepared,
     resolve_chat_model,
@@ -270,24 +269,3 @@ def test_a_data_folder_that_cannot_be_written_is_said_in_one_line(tmp_path: Path
     (tmp_path / "data").touch()
     with pytest.raises(ConfigurationError, match=r"^data_dir: cannot write .*It needs 300 MB of free space\.$"):
         resolve_chat_model(BUNDLED, data_dir=tmp_path / "data")
-
-
-def test_only_one_prepares_at_a_time(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
-    order: list[str] = []
-    waits = threading.Event()
-
-    def second() -> None:
-        waits.set()
-        with _exclusive(lock):
-            order.append("second")
-
-    with _exclusive(lock):
-        thread = threading.Thread(target=second)
-        thread.start()
-        waits.wait()
-        # It stands before the lock for as long as we hold it.
-        thread.join(0.1)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]

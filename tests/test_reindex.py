@@ -27,7 +27,7 @@ from app.known_items import compare, make_question, reciprocal_rank, sample
 from app.reindexing import synchronise
 from app.services import build_retriever
 from app.settings import ChunkingSettings, EmbeddingSettings, IndexSettings, LLMSettings, Settings, StoreSettings
-from tests.conftest import ServiceThread
+from tests.conftest import ServiceThread, running
 from tests.qdrant_peer import qdrant_peer
 from tests.running_service import ROOT, write_config
 from tests.tiny_models import make_encoder
@@ -477,13 +477,10 @@ async def test_every_replica_of_a_server_follows_a_swap(
 
 @pytest.fixture
 def service(tmp_path: Path, models: Path) -> Iterator[ServiceThread]:
-    thread = ServiceThread(settings_for(tmp_path / "data", index_settings(models, "old")))
-    thread.start()
-    thread.wait_until_built()
-    bodies = [{"id": one.id, "title": one.title, "text": one.text} for one in DOCUMENTS]
-    assert httpx.post(f"{thread.url}/v1/documents", json={"documents": bodies}, timeout=60).is_success
-    yield thread
-    thread.stop()
+    with running(settings_for(tmp_path / "data", index_settings(models, "old"))) as found:
+        bodies = [{"id": one.id, "title": one.title, "text": one.text} for one in DOCUMENTS]
+        assert httpx.post(f"{found.url}/v1/documents", json={"documents": bodies}, timeout=60).is_success
+        yield found
 
 
 def reindex(service: ServiceThread, tmp_path: Path, models: Path, name: str, *options: str) -> Any:

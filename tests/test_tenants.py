@@ -47,6 +47,8 @@ QUESTIONS = [
     "and why?",
 ]
 FILTERS: list[dict[str, Any]] = [{}, {"author": "Noor Hallivant"}, {"author": ["Noor"]}, {"platform": "wiki"}, {"x": 1}]
+QUERIES = ["chat", "stream", "respond", "search", "search", "candidate", "search store"]
+READS = ["list", "read", "page", "facets", "collections", "stores", "ready"]
 DOCUMENT_IDS = ["crane", "factory", "notes/plan.md"]
 TOKEN = re.compile(r"qz\d{6}zq")
 CASES = 30
@@ -137,9 +139,7 @@ reads = tenants.flatmap(
         Read,
         st.just(tenant),
         collection_of(tenant, READABLE),
-        st.sampled_from(
-            ["chat", "stream", "search", "search", "candidate", "list", "read", "facets", "collections", "ready"]
-        ),
+        st.sampled_from(QUERIES + READS),
         st.sampled_from(QUESTIONS),
         st.sampled_from(FILTERS),
         st.sampled_from(DOCUMENT_IDS),
@@ -197,22 +197,33 @@ async def read(world: World, step: Read) -> None:
         "stream": lambda: client.post("/v1/chat/completions", json={**chat, "stream": True}),
         "search": lambda: client.post("/v1/search", json=search),
         "candidate": lambda: client.post("/v1/search", json={**search, "index": "candidate"}),
+        "respond": lambda: client.post(
+            "/v1/responses",
+            json={"input": step.question, "include": ["file_search_call.results"], "rag": chat["rag"]},
+        ),
+        "search store": lambda: client.post(f"/v1/vector_stores/{name}/search", json={"query": step.question}),
         "list": lambda: client.get("/v1/documents", params=params),
         "read": lambda: client.get(f"/v1/documents/{step.document_id}", params=params),
+        "page": lambda: client.get(f"/v1/documents/{step.document_id}", params=params, headers={"Accept": "text/html"}),
         "facets": lambda: client.get("/v1/facets", params=params),
         "collections": lambda: client.get("/v1/collections"),
+        "stores": lambda: client.get("/v1/vector_stores"),
         "ready": lambda: client.get("/readyz?verbose"),
     }
     response = await requests[step.action]()
     world.counts[f"{step.action} {response.status_code}"] += 1
-    if step.action in ("collections", "ready"):
+    if step.action in ("collections", "stores", "ready"):
         check(world, step, response, set())
-        if step.action == "collections":
-            seen = {one["name"]: one["num_documents"] for one in response.json()["data"]}
-            mine = {*READABLE[step.tenant], *WRITABLE[step.tenant]}
-            assert seen == {one: len(held) for one, held in world.held.items() if one in mine}
-        else:
+        if step.action == "ready":
             assert not [one for one in COLLECTIONS if f'"{one}"' in response.text]
+            return
+        # As documents are counted in collections, files are in vector stores.
+        found = response.json()["data"]
+        seen = {
+            one["name"]: one["file_counts"]["total"] if "file_counts" in one else one["num_documents"] for one in found
+        }
+        mine = {*READABLE[step.tenant], *WRITABLE[step.tenant]}
+        assert seen == {one: len(held) for one, held in world.held.items() if one in mine}
         return
     if name not in READABLE[step.tenant]:
         assert response.status_code == 403, response.text

@@ -21,9 +21,10 @@ from app.api import middleware
 from app.api.multipart import MAX_FIELD_BYTES, receive_form
 from app.domain import Document
 from app.errors import ConfigurationError, StorageFull, TooLarge
-from app.settings import APISettings, LLMSettings, Settings, StoreSettings
+from app.settings import APISettings
 from app.uploads import Loaded, UploadWriter, count_documents, load
-from tests.conftest import ServiceThread
+from tests.conftest import running as run_service
+from tests.conftest import sample_settings
 from tests.test_ingestions import service
 
 PATIENCE_S = 60.0
@@ -56,14 +57,8 @@ class Running:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     data_dir = tmp_path_factory.mktemp("uploads")
-    own = Settings(
-        store=StoreSettings(kind="memory"), llm=LLMSettings(engine="extractive"), data_dir=data_dir, api=LIMITS
-    )
-    thread = ServiceThread(own)
-    thread.start()
-    thread.wait_until_built()
-    yield Running(thread.url, data_dir)
-    thread.stop()
+    with run_service(sample_settings(data_dir, seed=None, api=LIMITS)) as running_service:
+        yield Running(running_service.url, data_dir)
 
 
 def head(route: str = "/v1/documents", content_type: str = FORM, **headers: str) -> bytes:

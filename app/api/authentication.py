@@ -68,7 +68,8 @@ class Authentication:
         async def send_if_checked(message: Message) -> None:
             nonlocal is_refused
             if message["type"] == "http.response.start":
-                is_refused = message["status"] < 400 and not who.was_checked
+                # An error or a redirection gives nothing away.
+                is_refused = message["status"] < 300 and not who.was_checked
                 message["headers"] = [*message["headers"], *await self._rate_headers(who.key)]
             if not is_refused:
                 await send(message)

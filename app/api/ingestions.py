@@ -66,12 +66,13 @@ def ingestions_router(services: Services) -> APIRouter:
     async def stream_ingestion(ingestion_id: str, request: Request) -> Response:
         """Stream progress and results as server-sent events until the end; resumes after `Last-Event-ID`."""
         last_id = request.headers.get("last-event-id", "")
+        # What is wrong with the request is found here, where it still has a status.
+        await ingestions.read(ingestion_id)
         if last_id == LAST_ID:
             return Response(status_code=204)
         if last_id and not (last_id.isascii() and last_id.isdigit() and len(last_id) < 16):
             raise InvalidRequest("Last-Event-ID is none that this stream has sent.", param="Last-Event-ID")
         after = int(last_id or 0)
-        # What is wrong with the request is found here, where it still has a status.
         await ingestions.results(ingestion_id, after=after, limit=0)
         lines = with_heartbeats(_events(ingestions, ingestion_id, after))
         return StreamingResponse(lines, media_type="text/event-stream", headers=STREAM_HEADERS)

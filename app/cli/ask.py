@@ -30,9 +30,12 @@ GROUNDED = {
 """How an answer was made, by `rag.grounded`."""
 DEGRADED = {
     "llm_unavailable": "the language model was not available",
+    "llm_cold": "the language model was not running yet",
+    "overloaded": "the language model had too many requests",
     "llm_timeout": "the language model was too slow",
     "llm_failed": "the language model broke off",
     "history_trimmed": "the oldest messages did not fit",
+    "passages_dropped": "not all passages fitted into the prompt",
     "reranking_skipped": "the passages could not be reranked in time",
     "rewriting_skipped": "the question was searched for as it is",
 }

@@ -1,7 +1,6 @@
 """What every verb prints with: consoles, tables, JSON, and the one line of an error."""
 
 import json
-import os
 import re
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from app.durable import write_whole
 from app.errors import AccessDenied, CleaveError, CollectionMismatch, ConfigurationError, InvalidRequest, Unavailable
 from app.self_query import describe
 
@@ -74,12 +74,10 @@ def print_json(value: object) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    content = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
     try:
-        unfinished.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(path, content.encode())
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise InvalidRequest(f"--json: {path} cannot be written ({error.strerror}).") from None
 
 
