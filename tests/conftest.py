@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from app.api import create_api
+from app.batch_worker import BatchWorker
 from app.llm import LLM
 from app.services import build_services
 from app.settings import LLMSettings, Settings, StoreSettings
@@ -56,9 +57,12 @@ class ServiceThread(threading.Thread):
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         services = await build_services(self._settings, device="cpu", llm=self._llm)
+        worker = BatchWorker(services)
+        worker.start()
         server = uvicorn.Server(uvicorn.Config(create_api(services), log_config=None))
         self._server.set_result(server)
         await server.serve(sockets=[self._socket])
+        await worker.close()
         await services.close()
 
 
