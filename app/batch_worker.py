@@ -96,6 +96,10 @@ class BatchWorker:
             self._num_busy -= 1
             self._busy_at = time.monotonic()
 
+    async def num_parts(self) -> int:
+        """Count the parts that are not done, of all batches; one that is not cut into parts yet counts as one."""
+        return await asyncio.to_thread(self._services.batches.num_waiting_parts)
+
     async def _work(self, batch_id: str) -> None:
         batches = self._services.batches
         before = await asyncio.to_thread(batches.read, batch_id)

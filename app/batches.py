@@ -227,6 +227,14 @@ class BatchStore:
         """Count the parts of a batch that is in progress."""
         return len(_layout(self._path(batch.id))["starts"])
 
+    def num_waiting_parts(self) -> int:
+        """Count the parts that are not done, of all batches; one that is not cut into parts yet counts as one."""
+        num_waiting = 0
+        for folder in map(self._path, self.unfinished()):
+            num_parts = len(_layout(folder)["starts"]) if (folder / PARTS).exists() else 1
+            num_waiting += num_parts - len(list(folder.glob(f"parts/*/{DONE}")))
+        return num_waiting
+
     def prepare(self, batch_id: str) -> Batch:
         """Check a new batch's input and cut it into parts, unless another process does just that."""
         folder = self._path(batch_id)

@@ -24,7 +24,7 @@ BUILDERS = "deployments.application"
 DEPLOYMENTS = {
     "monolith": ("Ingress",),
     "two_tier": ("Ingress", "LLM"),
-    "three_tier": ("Ingress", "Retriever", "LLM"),
+    "three_tier": ("Ingress", "Retriever", "LLM", "Batches"),
 }
 """What each topology is made of. The documents belong to the Retriever, or to the Ingress where there is none."""
 

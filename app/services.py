@@ -60,8 +60,12 @@ async def build_services(
     retriever: Retriever | None = None,
     llm: LLM | None = None,
     queue: Queue | None = None,
+    ingests: bool = True,
 ) -> Services:
-    """Build what is not handed in, and wire it. `device` is where an LLM that is built here runs."""
+    """Build what is not handed in, and wire it. `device` is where an LLM that is built here runs.
+
+    With `ingests` this process works on uploads that go on by themselves.
+    """
     retriever = retriever or await build_retriever(settings)
     llm = llm or await build_llm(settings, device)
     chat = ChatService(
@@ -72,7 +76,8 @@ async def build_services(
         planning=decide_planning(settings, device),
     )
     ingestions = IngestionJobs(settings.data_dir, retriever, settings.api)
-    ingestions.start()
+    if ingests:
+        ingestions.start()
     files = FileStore(settings.data_dir, settings.api, settings.batch)
     batches = BatchStore(settings.data_dir, files)
     return Services(settings, retriever, llm, chat, ingestions, files, batches, queue or LocalQueue())
