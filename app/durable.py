@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
@@ -37,16 +37,7 @@ def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         draft.rename(path)
     finally:
         draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in it survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync_folder(path.parent)
 
 
 async def finish_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -55,7 +46,9 @@ async def finish_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        await asyncio.gather(work, return_exceptions=True)
+        while not work.done():
+            with suppress(asyncio.CancelledError):  # Cancelled once more.
+                await asyncio.gather(asyncio.shield(work), return_exceptions=True)
         raise
 
 
@@ -107,3 +100,12 @@ class Hold:
     def __exit__(self, *_: object) -> None:
         """Let go of it."""
         self.release()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -40,8 +40,10 @@ def main() -> None:
             num_done += num_answered()
     for name, found in (("alone", alone), ("beside a batch", beside)):
         print(f"{name:15} median {statistics.median(found):.2f} s   p95 {p95(found):.2f} s   of {len(found)}")
-    print(f"ratio           median {statistics.median(beside) / statistics.median(alone):.2f}     p95 "
-          f"{p95(beside) / p95(alone):.2f}     the batches answered {num_done} requests meanwhile")
+    print(
+        f"ratio           median {statistics.median(beside) / statistics.median(alone):.2f}     p95 "
+        f"{p95(beside) / p95(alone):.2f}     the batches answered {num_done} requests meanwhile"
+    )
 
 
 def first_word_s(client: openai.OpenAI, question: str, pause_s: float, salt: str) -> float:
@@ -62,14 +64,15 @@ def first_word_s(client: openai.OpenAI, question: str, pause_s: float, salt: str
 def running_batch(client: openai.OpenAI, questions: list[str], salt: str) -> Iterator[object]:
     """Keep a batch running that does not end before the block does; give what counts its answers."""
     lines = [
-        {"custom_id": f"{n}", "body": {"messages": [{"role": "user", "content": f"{questions[n % len(questions)]} [{salt}-{n}]"}]}}
+        {
+            "custom_id": f"{n}",
+            "body": {"messages": [{"role": "user", "content": f"{questions[n % len(questions)]} [{salt}-{n}]"}]},
+        }
         for n in range(2000)
     ]
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     file = client.files.create(file=("load.jsonl", content), purpose="batch")
-    batch = client.batches.create(
-        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
-    )
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
 
     def num_answered() -> int:
         counts = client.batches.retrieve(batch.id).request_counts

@@ -478,6 +478,14 @@ def test_the_text_format_says_the_same_in_one_line() -> None:
     assert TextFormatter().format(record).endswith(" INFO request key=acme status=200")
 
 
+@pytest.mark.parametrize("path", ["/v1/x\n2026 INFO request key=root", "/v1/x key=root", "/v1/\u2028\x1b[2J\x85", ""])
+def test_no_path_forges_a_line_or_a_field_of_the_log(path: str) -> None:
+    record = logging.makeLogRecord({"levelname": "INFO", "msg": "request", "path": path, "status": 404})
+    line = TextFormatter().format(record)
+    assert line.isprintable()
+    assert line.endswith(f" INFO request path={path!r} status=404")
+
+
 # --- The terminal ----------------------------------------------------------------------------------------------------
 
 
