@@ -17,6 +17,8 @@ from pathlib import Path
 import openai
 
 QUESTIONS = Path(__file__).parent.parent / "examples" / "questions.jsonl"
+NUM_LINES = 500
+"""Of a batch: more than are answered meanwhile."""
 
 
 def main() -> None:
