@@ -11,7 +11,7 @@ class Queue(Protocol):
     """Takes ids in; how they come out is between the queue and those who work."""
 
     async def put(self, batch_id: str) -> None:
-        """Add an entry. Raises `Unavailable` when the queue cannot be reached."""
+        """Add an entry. While the queue cannot be reached, that is left to whoever looks for lost ones."""
         ...
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -14,10 +14,11 @@ from app.access import Caller, caller
 from app.api.completions import complete
 from app.api.errors import error_body, internal_error, refusal
 from app.api.guards import guarded
+from app.api.json_bodies import MAX_VALUES, check_num_values
 from app.api.schemas import ChatCompletionRequest
 from app.batch_lines import BatchRequest, parse_request, result
 from app.batch_queue import LocalQueue
-from app.batches import Batch, Part
+from app.batches import Batch, Line, Part
 from app.domain import Delta, GenerationRequest, ModelInfo
 from app.durable import finish_in_thread
 from app.errors import CleaveError, DeadlineExceeded, LLMUnavailable, RateLimited, Unavailable, UnsupportedParameter
@@ -35,6 +36,8 @@ WATCH_S = 0.5
 """How soon work stops when a batch is to end."""
 SEARCHED_EVERY_S = 5.0
 """How soon work is found that the queue has lost."""
+TOLD_EVERY_S = 2.0
+"""How soon a webhook is sent."""
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 30.0
 MAX_LATE_ANSWERS = 3
 """Of one request: then that there was no time is its answer."""
@@ -76,7 +79,10 @@ class BatchWorker:
 
     def start(self) -> None:
         """Look for work that nobody does; and, where the queue is one of this process, take its entries."""
-        self._tasks.append(asyncio.create_task(self._search(), name="batches: search"))
+        self._tasks += [
+            asyncio.create_task(self._repeat(self._search, SEARCHED_EVERY_S), name="batches: search"),
+            asyncio.create_task(self._repeat(self._tell, TOLD_EVERY_S), name="batches: webhooks"),
+        ]
         queue = self._services.queue
         if isinstance(queue, LocalQueue):
             self._tasks += [asyncio.create_task(self._serve(queue), name="batches") for _ in range(NUM_LOCAL_WORKERS)]
@@ -116,7 +122,6 @@ class BatchWorker:
             await self._announce(batch_id, 1)
         elif not batch.is_finished and (await finish_in_thread(batches.finish, batch_id)).is_finished:
             logger.info("batch ended", extra={"batch_id": batch_id})
-        await self._webhooks.send_due(batches)
 
     async def _announce(self, batch_id: str, times: int) -> None:
         for _ in range(times):
@@ -132,18 +137,25 @@ class BatchWorker:
             except Exception:
                 logger.exception("a batch could not be worked on", extra={"batch_id": batch_id})
 
+    async def _repeat(self, function: Callable[[], Awaitable[None]], seconds: float) -> None:
+        """Call it again and again, whatever becomes of a call."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await function()
+            except Exception:
+                logger.exception("a look after batches failed, and is repeated")
+
     async def _search(self) -> None:
         """Put back what the queue has lost. While this worker has nothing to do, nothing is in the queue."""
-        while True:
-            await asyncio.sleep(SEARCHED_EVERY_S)
-            await self._webhooks.send_due(self._services.batches)
-            if self._num_busy or time.monotonic() - self._busy_at < SEARCHED_EVERY_S:
-                continue
-            try:
-                for batch_id in await asyncio.to_thread(lambda: list(self._services.batches.unfinished())):
-                    await self._services.queue.put(batch_id)
-            except CleaveError as error:
-                logger.warning("lost batches cannot be looked for", extra={"why": error.message})
+        if self._num_busy or time.monotonic() - self._busy_at < SEARCHED_EVERY_S:
+            return
+        for batch_id in await asyncio.to_thread(lambda: list(self._services.batches.unfinished())):
+            await self._services.queue.put(batch_id)
+
+    async def _tell(self) -> None:
+        """Tell of batches that have ended: apart, since whoever is told may take his time."""
+        await self._webhooks.send_due(self._services.batches)
 
     # --- One part ----------------------------------------------------------------------------------------------------
 
@@ -153,7 +165,7 @@ class BatchWorker:
 
         async def answer_some() -> None:
             for line in lines:
-                found = await self._result(batch, parse_request(line.content))
+                found = await self._result(batch, line)
                 await finish_in_thread(part.write, line, found)
 
         async def answer_all() -> None:
@@ -174,9 +186,14 @@ class BatchWorker:
             await asyncio.gather(work, return_exceptions=True)
         await finish_in_thread(part.finish)
 
-    async def _result(self, batch: Batch, request: BatchRequest) -> Mapping[str, Any]:
+    async def _result(self, batch: Batch, line: Line) -> Mapping[str, Any]:
         """Ask until there is an answer: what passes by itself is waited for."""
         request_id.set(str(uuid.uuid4()))
+        request = await asyncio.to_thread(parse_request, line.content)
+        try:
+            check_num_values(line.content, most=MAX_VALUES)
+        except CleaveError as error:
+            return _refused(request, error)
         retry_s, num_late = MIN_RETRY_S, 0
         while True:
             try:

@@ -13,9 +13,12 @@ on where one that has ended left off:
         webhook.json        somebody is to be told of its end
 """
 
+import errno
 import itertools
 import json
 import math
+import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -87,7 +90,12 @@ class Batch:
     @property
     def is_finished(self) -> bool:
         """Nothing more will come."""
-        return self.status in ("completed", "failed", "expired", "cancelled")
+        return self.ended_at is not None
+
+    @property
+    def ended_at(self) -> float | None:
+        """When it was finished."""
+        return self.completed_at or self.failed_at or self.expired_at or self.cancelled_at
 
 
 FIELDS = frozenset(field.name for field in fields(Batch))
@@ -109,6 +117,7 @@ class Part:
         self._folder = folder
         self._hold = hold
         self._lines = lines
+        self._turn = threading.Lock()
 
     def __enter__(self) -> "Part":
         """It is held already."""
@@ -131,13 +140,20 @@ class Part:
 
     def write(self, line: Line, result: Mapping[str, Any]) -> None:
         """Write down what a request was answered with. Raises `StorageFull`."""
-        content = json.dumps({"line": line.number, "result": result}, ensure_ascii=False)
-        with explained(self._folder), (self._folder / RESULTS).open("ab", buffering=0) as file:
-            file.write(f"{content}\n".encode(errors="replace"))
+        text = json.dumps({"line": line.number, "result": result}, ensure_ascii=False)
+        content = f"{text}\n".encode(errors="replace")
+        with self._turn, explained(self._folder), (self._folder / RESULTS).open("ab", buffering=0) as file:
+            num_bytes = file.seek(0, os.SEEK_END)
+            # A disk that fills up takes the beginning, and says so only of the next: that would join the two.
+            if file.write(content) < len(content):
+                file.truncate(num_bytes)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def finish(self) -> None:
         """Say that all of it is answered."""
         with explained(self._folder):
+            with (self._folder / RESULTS).open("rb") as results:
+                os.fsync(results.fileno())  # Before what relies on it.
             write_whole(self._folder / DONE, json.dumps(_count(self._folder)).encode())
 
 
@@ -178,7 +194,7 @@ class BatchStore:
         with explained(self._folder):
             folder.mkdir(parents=True)
             if has_webhook:
-                write_whole(folder / WEBHOOK, json.dumps({"num_attempts": 0, "next_at": now, "since": now}).encode())
+                write_whole(folder / WEBHOOK, json.dumps({"num_attempts": 0, "next_at": now}).encode())
             _write_state(folder, batch)
         return batch
 
@@ -269,7 +285,8 @@ class BatchStore:
             with explained(folder):
                 part.mkdir(parents=True, exist_ok=True)
             if hold := Hold.take(part):
-                if not (part / DONE).exists():
+                # Again, since it may have been done, or the batch ended, meanwhile.
+                if not (part / DONE).exists() and _state(folder).status == "in_progress":
                     return Part(part, hold, lines)
                 hold.release()
         return None
@@ -286,7 +303,8 @@ class BatchStore:
                 if found.status == "in_progress" and (ending := self._ending(folder, found)):
                     finalizing = replace(found, status="finalizing", finalizing_at=time.time(), ending=ending)
                     _write_state(folder, found := finalizing)
-                if found.status == "finalizing":
+                # From here on nobody takes a part; who has one lets go of it soon.
+                if found.status == "finalizing" and (found.ending == "completed" or not _is_worked_on(folder)):
                     _write_state(folder, self._finished(folder, found))
         return self.read(batch_id)
 
@@ -295,7 +313,7 @@ class BatchStore:
         num_parts, num_done = len(_layout(folder)["starts"]), len(list(folder.glob(f"parts/*/{DONE}")))
         if num_parts == num_done:
             return "completed"
-        if self.is_wanted(batch) or self._is_worked_on(folder):
+        if self.is_wanted(batch):
             return None
         return "cancelled" if (folder / CANCEL).exists() else "expired"
 
@@ -339,14 +357,6 @@ class BatchStore:
         content = self._files.content(batch.input_file_id)
         for offset, number in layout["starts"]:
             yield itertools.islice(_lines(content, offset, number), layout["size"])
-
-    def _is_worked_on(self, folder: Path) -> bool:
-        for part in folder.glob("parts/*/"):
-            hold = Hold.take(part)
-            if hold is None:
-                return True
-            hold.release()
-        return False
 
     def _shown(self, folder: Path, batch: Batch) -> Batch:
         """Add up what is answered so far, and tell of a wish to end it."""
@@ -410,7 +420,7 @@ def _lines(path: Path, offset: int, number: int) -> Iterator[Line]:
         while content := file.readline(MAX_LINE_BYTES + 2):
             begin = offset
             offset += len(content)
-            if content.strip():
+            if content.strip() or len(content) > MAX_LINE_BYTES:
                 yield Line(number, begin, content)
             while not content.endswith(b"\n") and (content := file.readline(MAX_LINE_BYTES)):
                 offset += len(content)
@@ -422,6 +432,15 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
     if path.exists():
         with path.open("rb") as file:
             yield from (line for line in file if line.endswith(b"\n"))
+
+
+def _is_worked_on(folder: Path) -> bool:
+    for part in folder.glob("parts/*/"):
+        hold = Hold.take(part)
+        if hold is None:
+            return True
+        hold.release()
+    return False
 
 
 def _counts(folder: Path) -> dict[str, int]:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from app.durable import sync_folder, write_whole
+from app.durable import Hold, sync_folder, write_whole
 from app.errors import InvalidRequest, StoredFileNotFound, TooLarge
 from app.identifiers import new_id, pattern
 from app.settings import APISettings, BatchSettings
@@ -73,7 +73,10 @@ class FileStore:
         target = self._folder / file_id
         with explained(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=".", dir=self._folder))
+            # Among the uploads, where what a kill leaves is removed.
+            self._uploads.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(dir=self._uploads))
+            hold = Hold.take(draft)
             try:
                 (draft / FILES).mkdir()
                 with (draft / CONTENT).open("wb") as file:
@@ -88,6 +91,8 @@ class FileStore:
                     sync_folder(self._folder)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
+                if hold is not None:
+                    hold.release()
         return self.read(file_id)
 
     def read(self, file_id: str) -> StoredFile:
@@ -110,8 +115,10 @@ class FileStore:
     def delete(self, file_id: str) -> None:
         """Remove a file. Raises `StoredFileNotFound`."""
         folder = self._folder / self.read(file_id).id
-        gone = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        # A kill from here on leaves it among the uploads, where it is removed.
+        gone = self._uploads / f"{folder.name}.{uuid.uuid4().hex}"
         try:
+            self._uploads.mkdir(parents=True, exist_ok=True)
             folder.rename(gone)
         except FileNotFoundError:
             raise no_file(file_id) from None

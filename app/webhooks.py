@@ -5,7 +5,6 @@ The signature is that of the Standard Webhooks specification: HMAC-SHA256 over i
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import json
@@ -24,7 +23,7 @@ from app.telemetry import logger
 TIMEOUT_S = 10.0
 MIN_RETRY_S, MAX_RETRY_S = 5.0, 3600.0
 GIVEN_UP_AFTER_S = 72 * 3600.0
-"""As OpenAI does."""
+"""Since its end; as OpenAI does."""
 SECRET_VARIABLE = "CLEAVE_WEBHOOK_SECRET"
 SECRET_PREFIX = "whsec_"
 
@@ -33,10 +32,16 @@ def read_secret(settings: BatchSettings) -> bytes | None:
     """Give the key of the signature; None where there is no address to tell. Raises `ConfigurationError`."""
     if settings.webhook_url is None:
         return None
+    try:
+        host = httpx.URL(settings.webhook_url).host
+    except httpx.InvalidURL:
+        host = ""
+    if not host:
+        raise ConfigurationError("batch.webhook_url must be an address such as https://example.org/ended.")
     secret = settings.webhook_secret or os.environ.get(SECRET_VARIABLE, "")
     try:
         key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
-    except binascii.Error:
+    except ValueError:
         key = b""
     if len(key) < 16:
         raise ConfigurationError(
@@ -95,7 +100,7 @@ class Webhooks:
         extra = {"batch_id": batch.id, "num_attempts": content["num_attempts"] + 1}
         if not problem:
             logger.info("webhook sent", extra=extra)
-        elif now - content["since"] > GIVEN_UP_AFTER_S:
+        elif now - (batch.ended_at or now) > GIVEN_UP_AFTER_S:
             logger.error("webhook given up", extra={**extra, "why": problem})
         else:
             logger.warning("webhook not taken, it is sent again", extra={**extra, "why": problem})

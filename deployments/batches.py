@@ -16,14 +16,15 @@ from ray.serve.schema import CeleryAdapterConfig, TaskProcessorAdapter, TaskProc
 from ray.serve.task_consumer import instantiate_adapter_from_config, task_consumer, task_handler
 
 from app.batch_worker import BatchWorker
-from app.errors import Unavailable
 from app.services import build_services, spare_from_collection
 from app.settings import Settings
-from app.telemetry import configure_logging
+from app.telemetry import configure_logging, logger
 from deployments.handles import LLMHandle, RetrieverHandle
 from deployments.scaling import NUM_PARTS_AT_ONCE
 
 QUEUE, TASK = "cleave-batches", "work"
+MAX_PUT_S = 5.0
+"""A client that begins a batch waits for it."""
 
 
 class CeleryQueue:
@@ -33,13 +34,16 @@ class CeleryQueue:
         self._adapter: TaskProcessorAdapter = instantiate_adapter_from_config(_task_config(settings))
 
     async def put(self, batch_id: str) -> None:
-        """Add an entry. Raises `Unavailable` when the queue cannot be reached."""
+        """Add an entry. While the queue cannot be reached, that is left to whoever looks for lost ones."""
         try:
-            await asyncio.to_thread(self._adapter.enqueue_task_sync, TASK, args=[batch_id])
+            async with asyncio.timeout(MAX_PUT_S):
+                await asyncio.to_thread(
+                    self._adapter.enqueue_task_sync, TASK, args=[batch_id], retry=False, ignore_result=True
+                )
         except Exception as error:
             # Whatever the broker's client raised, the remedy is one.
             reason = f"{type(error).__name__}: {error}"
-            raise Unavailable(f"The queue of batches cannot be reached ({reason}).", retry_after_s=10) from error
+            logger.warning("the queue of batches cannot be reached", extra={"batch_id": batch_id, "why": reason})
 
 
 class _Batches:
