@@ -20,7 +20,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -113,7 +113,7 @@ class Line:
 class Part:
     """A run of a batch's requests that this process holds. A context manager; all of it blocks."""
 
-    def __init__(self, folder: Path, hold: Hold, lines: Iterable[Line]) -> None:
+    def __init__(self, folder: Path, hold: Hold, lines: Sequence[Line]) -> None:
         self._folder = folder
         self._hold = hold
         self._lines = lines
@@ -287,7 +287,7 @@ class BatchStore:
             if hold := Hold.take(part):
                 # Again, since it may have been done, or the batch ended, meanwhile.
                 if not (part / DONE).exists() and _state(folder).status == "in_progress":
-                    return Part(part, hold, lines)
+                    return Part(part, hold, list(lines))
                 hold.release()
         return None
 
