@@ -280,9 +280,11 @@ def test_a_kill_between_the_output_file_and_the_state_makes_no_second_file(folde
 
 def test_a_draft_that_a_kill_leaves_is_removed_with_abandoned_uploads(folder: Folder) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from tests.test_batch_store import Folder\n"
+        "import os, sys\nfrom pathlib import Path\nfrom app.files import FileStore\n"
+        "from app.settings import APISettings, BatchSettings\n"
         "def lines():\n    yield b'{}'\n    os.kill(os.getpid(), 9)\n"
-        "Folder(Path(sys.argv[1])).files.write('file-' + '0' * 24, 'x', lines(), key_id=None)\n"
+        "files = FileStore(Path(sys.argv[1]), APISettings(), BatchSettings())\n"
+        "files.write('file-' + '0' * 24, 'x', lines(), key_id=None)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(folder.path)], cwd=ROOT, check=False)
     assert killed.returncode == -9
@@ -452,7 +454,7 @@ def test_a_disk_that_fills_up_is_told_and_the_batch_goes_on_when_there_is_room(t
         assert folder.read(folder.batches.finish(batch.id).output_file_id) == [f"q{n}" for n in range(6)]
 
 
-# --- Any order of all that ---------------------------------------------------------------------------------------------
+# --- Any order of all that -------------------------------------------------------------------------------------------
 
 STEPS = st.lists(
     st.one_of(
