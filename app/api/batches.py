@@ -90,11 +90,10 @@ def batches_router(services: Services) -> APIRouter:
     async def cancel_batch(batch_id: str) -> dict[str, Any]:
         """Have a batch end; what is answered by then is in its files."""
         found = await own_batch(batches, batch_id)
-        if found.is_finished:
-            raise InvalidRequest(f"This batch is {found.status}: there is nothing to cancel.", param="batch_id")
-        cancelled = await finish_in_thread(batches.cancel, batch_id)
-        await services.queue.put(batch_id)
-        return batch_body(cancelled)
+        if not found.is_finished:
+            found = await finish_in_thread(batches.cancel, batch_id)
+            await services.queue.put(batch_id)
+        return batch_body(found)
 
     return router
 
