@@ -115,6 +115,8 @@ def batches_deployment(settings: Settings) -> Deployment:
         autoscaling_config={
             "min_replicas": 1,
             "max_replicas": 1,
+            # Nothing is asked of it through Serve: the policy decides.
+            "target_ongoing_requests": 1,
             "policy": {"policy_function": "deployments.scaling:batch_backlog"},
         },
         health_check_period_s=5,
@@ -125,7 +127,7 @@ def batches_deployment(settings: Settings) -> Deployment:
 def _task_config(settings: Settings) -> TaskProcessorConfig:
     broker_url, results_url, options = settings.batch.broker_url, settings.batch.broker_url, None
     if broker_url is None:
-        folder = (settings.data_dir / "queue").resolve()
+        folder = ((settings.batch.folder or settings.data_dir) / "queue").resolve()
         entries, control, results = (_made(folder / name) for name in ("entries", "control", "results"))
         broker_url, results_url = "filesystem://", f"file://{results}"
         options = {"data_folder_in": entries, "data_folder_out": entries, "control_folder": control}
