@@ -23,6 +23,7 @@ from deployments.handles import LLMHandle, RetrieverHandle
 from deployments.scaling import NUM_PARTS_AT_ONCE
 
 QUEUE, TASK = "cleave-batches", "work"
+MAX_CONNECT_S = 2.0
 MAX_PUT_S = 5.0
 """A client that begins a batch waits for it."""
 
@@ -125,17 +126,22 @@ def batches_deployment(settings: Settings) -> Deployment:
 
 
 def _task_config(settings: Settings) -> TaskProcessorConfig:
-    broker_url, results_url, options = settings.batch.broker_url, settings.batch.broker_url, None
+    broker_url = settings.batch.broker_url
+    options: dict[str, Any] | None = None
     if broker_url is None:
         folder = ((settings.batch.folder or settings.data_dir) / "queue").resolve()
-        entries, control, results = (_made(folder / name) for name in ("entries", "control", "results"))
-        broker_url, results_url = "filesystem://", f"file://{results}"
+        entries, control = (_made(folder / name) for name in ("entries", "control"))
+        broker_url = "filesystem://"
         options = {"data_folder_in": entries, "data_folder_out": entries, "control_folder": control}
+    elif broker_url.startswith("redis"):
+        # One that is away is not waited for: threads that do so would be missing elsewhere.
+        options = {"socket_connect_timeout": MAX_CONNECT_S, "max_retries": 0}
     return TaskProcessorConfig(
         queue_name=QUEUE,
         adapter_config=CeleryAdapterConfig(
             broker_url=broker_url,
-            backend_url=results_url,
+            # There are no results. Celery asks for them all the same, and must not wait for Redis with that.
+            backend_url="cache+memory://",
             broker_transport_options=options,
             app_custom_config={
                 # Logs and standard output stay the service's.
