@@ -150,12 +150,13 @@ class VLLMEngine:
         """Stream what the engine generates, to the end or until it has to make way. Closing it frees the engine."""
         outputs = self._engine.generate({"prompt_token_ids": token_ids}, sampling, request_id, priority=priority)
         try:
-            if make_way is None:
-                async for output in outputs:
-                    yield output.outputs[0]
-                return
-            while (output := await _unless(make_way, anext(outputs, None))) is not None:
+            # Left while it is being read, a prompt loses nothing: what is read stays in the prefix cache. After that at
+            # least one piece is waited for, so that each turn gets on.
+            first = anext(outputs, None)
+            output = await (_unless(make_way, first) if make_way else first)
+            while output is not None:
                 yield output.outputs[0]
+                output = None if make_way and make_way.is_set() else await anext(outputs, None)
         finally:
             # Closing is what makes vLLM abort the request when the reader has left.
             await outputs.aclose()
