@@ -18,8 +18,8 @@ from tests.waiting import wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 NUM_WORKERS = 3
-NUM_KILLS = 12
-COUNTS = (400, 130, 1)
+NUM_KILLS = 8
+COUNTS = (250, 90, 1)
 SEED = 20_260
 PATIENCE_S = 120.0
 

@@ -19,7 +19,7 @@ from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
-NUM_LINES = 100
+NUM_LINES = 60
 PATIENCE_S = 120.0
 ENDS = ("completed", "failed", "expired", "cancelled")
 
