@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import uvicorn
 
@@ -19,6 +20,10 @@ from app.batch_worker import BatchWorker
 from app.llm import LLM
 from app.services import build_services
 from app.settings import LLMSettings, Settings, StoreSettings
+
+# How fast this machine is at the moment decides no test.
+hypothesis.settings.register_profile("cleave", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("cleave")
 
 ROOT = Path(__file__).parent.parent
 ARTICLES = ROOT / "examples" / "articles"

@@ -32,7 +32,7 @@ KEYS: list[str] = []
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageService]:
     folder = tmp_path_factory.mktemp("keyed-page")
     path = keys_path(Settings(data_dir=folder))
-    KEYS.append(create_key(path, "reader", read=["default"], write=["default"])[1])
+    KEYS.append(create_key(path, "reader", read=["default"], write=["default"], dialect="markdown")[1])
     encoder = make_encoder(tmp_path_factory.mktemp("models") / "encoder")
     service = PageService(folder, EmbeddingSettings(model=str(encoder), dtype="float32"), KEYS[-1])
     yield service
@@ -57,6 +57,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Page) -> None:
     expect(page.locator("#document-count")).to_have_text("14")
     ask(page, QUESTION)
     expect(page.locator(".source-card")).not_to_have_count(0)
+    expect(page.locator(".turn hr")).to_have_count(0)  # What the list of sources of the key's dialect begins with.
     page.evaluate(DROP, [{"name": "keyed.md", "text": "The cellar door is green."}])
     expect(page.locator(".upload .outcome")).to_have_text("created, 1 chunk")
     page.get_by_role("button", name="keyed", exact=True).click()

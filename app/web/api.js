@@ -7,10 +7,12 @@ const DOCUMENTS_PER_PAGE = 50;
 
 /** The chunks of one streamed completion. A stream that ends without `[DONE]` was cut off. */
 export async function* completionChunks({ messages, rag }, signal) {
+  // What the page reads, whatever dialect the key has for its other clients.
+  const ask = { model: MODEL, messages, rag: { ...rag, dialect: "annotations" } };
   const response = await request("/v1/chat/completions", {
     method: "POST",
     headers: { "content-type": "application/json" },
-    body: JSON.stringify({ model: MODEL, messages, rag, stream: true, stream_options: { include_usage: true } }),
+    body: JSON.stringify({ ...ask, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
   for await (const { data } of serverEvents(response)) {
