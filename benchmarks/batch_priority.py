@@ -48,11 +48,15 @@ def main() -> None:
     )
 
 
+def unknown(question: str, salt: str) -> list[dict[str, str]]:
+    """A conversation whose prompt differs from near its beginning on, so that the engine's cache holds little of it."""
+    return [{"role": "system", "content": f"Session {salt}."}, {"role": "user", "content": question}]
+
+
 def first_word_s(client: openai.OpenAI, question: str, pause_s: float, salt: str) -> float:
     """Ask, and time until the first piece of the answer."""
     time.sleep(pause_s)
-    # Not the same prompt again, of which the engine would know the beginning.
-    messages = [{"role": "user", "content": f"{question} ({salt})"}]
+    messages = unknown(question, salt)
     started = time.perf_counter()
     first = None
     for chunk in client.chat.completions.create(model="cleave", messages=messages, stream=True):  # type: ignore[call-overload]
@@ -65,13 +69,8 @@ def first_word_s(client: openai.OpenAI, question: str, pause_s: float, salt: str
 @contextmanager
 def running_batch(client: openai.OpenAI, questions: list[str], salt: str) -> Iterator[object]:
     """Keep a batch running that does not end before the block does; give what counts its answers."""
-    lines = [
-        {
-            "custom_id": f"{n}",
-            "body": {"messages": [{"role": "user", "content": f"{questions[n % len(questions)]} [{salt}-{n}]"}]},
-        }
-        for n in range(2000)
-    ]
+    bodies = ({"messages": unknown(questions[n % len(questions)], f"{salt}-{n}")} for n in range(NUM_LINES))
+    lines = ({"custom_id": f"{n}", "body": body} for n, body in enumerate(bodies))
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     file = client.files.create(file=("load.jsonl", content), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
