@@ -70,6 +70,16 @@ class Caller:
         if self.key is not None and not (self.key.is_admin or self.key.read):
             raise self._refusal("use the language model")
 
+    @property
+    def key_id(self) -> str | None:
+        """Names its key, to whom belongs what it leaves here; None without a key."""
+        return None if self.key is None else self.key.id
+
+    def may_have(self, key_id: str | None) -> bool:
+        """Tell whether what the bearer of this key has left here is shown to it too."""
+        self.was_checked = True
+        return self.key is None or self.key.is_admin or self.key.id == key_id
+
     def is_default(self, collection: str) -> bool:
         """Tell whether this collection is meant when a request names none."""
         return collection == self._default

@@ -126,9 +126,10 @@ class ChatService:
         self._settings = settings
         self._planning = planning or PlanningSettings()
 
-    def over(self, retriever: Retriever, llm: LLM) -> "ChatService":
+    def over(self, retriever: Retriever, llm: LLM, *, settings: AnswerSettings | None = None) -> "ChatService":
         """Make the same service over other parts."""
-        return ChatService(retriever, llm, grounding=self._grounding, settings=self._settings, planning=self._planning)
+        settings = settings or self._settings
+        return ChatService(retriever, llm, grounding=self._grounding, settings=settings, planning=self._planning)
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Yield an `AnswerStart`, the text in pieces, and an `AnswerEnd`.

@@ -241,6 +241,8 @@ class GenerationRequest:
     sampling: SamplingParams
     passages: tuple[Passage, ...] = ()
     instructions: str = ""
+    is_background: bool = False
+    """Nobody waits for it: those that somebody waits for go first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         draft.rename(path)
     finally:
         draft.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 async def finish_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -102,7 +102,7 @@ class Hold:
         self.release()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -20,6 +20,8 @@ CleaveError
  |   +- DocumentNotFound      404
  |   +- CollectionNotFound    404
  |   +- IngestionNotFound     404
+ |   +- StoredFileNotFound    404
+ |   +- BatchNotFound         404
  +- Unavailable               503  try again; `retry_after_s` says when
  |   +- LLMUnavailable        503
  |   |   +- LLMCold           503
@@ -176,6 +178,18 @@ class IngestionNotFound(NotFound):
     """An ingestion that this process does not know of."""
 
     code = "ingestion_not_found"
+
+
+class StoredFileNotFound(NotFound):
+    """A file that was never sent for a batch, or was deleted."""
+
+    code = "file_not_found"
+
+
+class BatchNotFound(NotFound):
+    """A batch that nobody began."""
+
+    code = "batch_not_found"
 
 
 class Unavailable(CleaveError):

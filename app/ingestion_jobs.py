@@ -16,7 +16,6 @@ are met again, as `unchanged`.
 import asyncio
 import json
 import os
-import re
 import shutil
 import time
 import uuid
@@ -29,6 +28,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 from app.domain import Document, IngestReceipt
 from app.durable import FULL, Hold, finish_in_thread, write_whole
 from app.errors import CleaveError, CollectionMismatch, IngestionNotFound, InvalidRequest, Overloaded, Unavailable
+from app.identifiers import new_id, pattern
 from app.retrieval import Retriever
 from app.settings import APISettings
 from app.telemetry import logger
@@ -62,7 +62,7 @@ MAX_KEPT = 1_000
 MAX_WAITING = 1_000
 
 STATE, RESULTS, CANCEL = "state.json", "results.jsonl", "cancel"
-ID = re.compile(r"ing_[0-9a-f]{24}")
+ID = pattern("ing_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +187,12 @@ class IngestionJobs:
     async def submit(self, upload: UploadWriter, *, collection: str | None) -> Ingestion:
         """Take over a finished upload; from here on it survives this process."""
         # Ids sort by time, and the order of ids is the order of work.
-        created_at = time.time()
         ingestion = Ingestion(
-            id=f"ing_{int(created_at * 1e6):014x}{uuid.uuid4().hex[:10]}",
+            id=new_id("ing_"),
             status="queued",
             collection=collection,
             num_files=upload.num_files,
-            created_at=created_at,
+            created_at=time.time(),
         )
         await finish_in_thread(self._take_over, upload, ingestion)
         self._added.set()

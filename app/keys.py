@@ -202,7 +202,7 @@ class KeyFile:
         """Find the key that was sent. Raises `InvalidKey`, and `KeysUnreadable` while the file is broken."""
         await self._follow()
         if self._problem:
-            raise KeysUnreadable("The service cannot read its keys. Its log says why.", retry_after_s=10)
+            raise self._unreadable()
         form = FORM.fullmatch(sent)
         key = self._keys.get(form["id"]) if form else None
         # Compared also where there is no such key, so that the time tells nothing.
@@ -212,6 +212,19 @@ class KeyFile:
         if key.is_expired:
             raise InvalidKey(f"The key {key.name!r} has expired. Ask whoever runs the service for another.")
         return key
+
+    async def by_id(self, key_id: str) -> Key:
+        """Find the key that began something which goes on without its owner. Raises as `find` does."""
+        await self._follow()
+        if self._problem:
+            raise self._unreadable()
+        key = self._keys.get(key_id)
+        if key is None or key.is_expired:
+            raise InvalidKey("The key that this was begun with was revoked, or has expired.")
+        return key
+
+    def _unreadable(self) -> KeysUnreadable:
+        return KeysUnreadable("The service cannot read its keys. Its log says why.", retry_after_s=10)
 
     async def _follow(self) -> None:
         """Read the file again if it is another than at the last look, at most once a second."""

@@ -22,6 +22,7 @@ from app.errors import ConfigurationError
 from app.keys import check_keys, keys_path, read_keys
 from app.models import is_prepared
 from app.settings import Device
+from app.webhooks import read_secret
 
 MIN_FREE_BYTES = 2**30
 POLL_S = 0.5
@@ -60,6 +61,7 @@ def serve(config_path: Path) -> int:
     try:
         config = load_config(config_path)
         check_keys(config)
+        read_secret(config.settings.batch)
         check_machine(config)
     except ConfigurationError as error:
         console.print(f"[red]cleave:[/red] {error.message}", soft_wrap=True)

@@ -8,11 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from app.batch_queue import LocalQueue, Queue
+from app.batches import BatchStore
 from app.catalog import LocalRetriever
 from app.chat import ChatService
 from app.collection import IndexBuilder
 from app.domain import Document, Grounding
 from app.errors import CollectionMismatch, ConfigurationError
+from app.files import FileStore
 from app.ingestion_jobs import IngestionJobs, Ingestions
 from app.llm import LLM
 from app.llm.openai_http import OpenAIEngine, check_url
@@ -34,6 +37,9 @@ class Services:
     llm: LLM
     chat: ChatService
     ingestions: Ingestions
+    files: FileStore
+    batches: BatchStore
+    queue: Queue
 
     def over(self, retriever: Retriever, llm: LLM, ingestions: Ingestions) -> "Services":
         """Put other parts in the place of these."""
@@ -48,9 +54,18 @@ class Services:
 
 
 async def build_services(
-    settings: Settings, *, device: Device = "cpu", retriever: Retriever | None = None, llm: LLM | None = None
+    settings: Settings,
+    *,
+    device: Device = "cpu",
+    retriever: Retriever | None = None,
+    llm: LLM | None = None,
+    queue: Queue | None = None,
+    ingests: bool = True,
 ) -> Services:
-    """Build what is not handed in, and wire it. `device` is where an LLM that is built here runs."""
+    """Build what is not handed in, and wire it. `device` is where an LLM that is built here runs.
+
+    With `ingests` this process works on uploads that go on by themselves.
+    """
     retriever = retriever or await build_retriever(settings)
     llm = llm or await build_llm(settings, device)
     chat = ChatService(
@@ -61,8 +76,12 @@ async def build_services(
         planning=decide_planning(settings, device),
     )
     ingestions = IngestionJobs(settings.data_dir, retriever, settings.api)
-    ingestions.start()
-    return Services(settings, retriever, llm, chat, ingestions)
+    if ingests:
+        ingestions.start()
+    shared = settings.batch.folder or settings.data_dir
+    files = FileStore(shared, settings.api, settings.batch)
+    batches = BatchStore(shared, files)
+    return Services(settings, retriever, llm, chat, ingestions, files, batches, queue or LocalQueue())
 
 
 async def build_retriever(settings: Settings) -> LocalRetriever:

@@ -162,6 +162,25 @@ class APISettings(Branch):
     min_free_bytes: int = Field(2**30, ge=0, description="of disk under data_dir that uploads leave alone")
 
 
+class BatchSettings(Branch):
+    """Batches: files of requests that are answered when there is time."""
+
+    folder: Path | None = Field(None, description="of files and batches, shared by all nodes; default: data_dir")
+    broker_url: str | None = Field(
+        None,
+        pattern=r"^(rediss?://.+|redis\+socket://.+|amqps?://.+)",
+        repr=False,
+        description="of the queue, such as redis://host:6379/1; default: files in that folder",
+    )
+    max_file_bytes: int = Field(512 * 2**20, ge=1, description="of one file of requests")
+    num_concurrent: int = Field(4, ge=1, le=1024, description="requests of one part that are answered at once")
+    timeout_s: float = Field(600.0, gt=0, description="deadline of a request that names none")
+    webhook_url: str | None = Field(None, pattern=r"^https?://.+", description="told of each batch that has ended")
+    webhook_secret: str | None = Field(
+        None, repr=False, description="whsec_...; better: the environment variable CLEAVE_WEBHOOK_SECRET"
+    )
+
+
 class AccessSettings(Branch):
     """Who may use the service, and how much."""
 
@@ -197,6 +216,7 @@ class Settings(Branch):
     answer: AnswerSettings = AnswerSettings()
     profiles: dict[ProfileName, ProfileSettings] = Field(default_factory=dict, description="more names of models")
     api: APISettings = APISettings()
+    batch: BatchSettings = BatchSettings()
     access: AccessSettings = AccessSettings()
     logging: LoggingSettings = LoggingSettings()
 

@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -75,6 +75,11 @@ class UploadWriter:
         """Where it is, once it is open."""
         assert self._folder is not None
         return self._folder
+
+    @property
+    def files(self) -> Sequence[ReceivedFile]:
+        """Those that have come."""
+        return self._files
 
     @property
     def num_files(self) -> int:

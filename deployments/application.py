@@ -4,6 +4,7 @@ from ray.serve import Application
 
 from app.services import check_models, decide_grounding, decide_planning
 from app.settings import Device, Settings
+from deployments.batches import batches_deployment
 from deployments.ingress import Ingress
 from deployments.llm import LLM
 from deployments.placement import business_options, cluster_has_gpu, llm_options
@@ -12,7 +13,7 @@ from deployments.versions import versioned
 
 # The branches of the settings that a deployment reads, and whose change restarts it.
 KNOWLEDGE = ("data_dir", "seed", "embedding", "chunking", "store", "retrieval", "reranking", "api", "logging")
-BUSINESS = ("data_dir", "planning", "answer", "profiles", "api", "access", "retrieval", "logging")
+BUSINESS = ("data_dir", "planning", "answer", "profiles", "api", "batch", "access", "retrieval", "logging")
 # Beside these, of `llm` the chat template, which is part of what a collection is stamped with; and of `store` the name
 # of the collection that a request means when it names none, which the Ingress checks against the key.
 MODEL = ("data_dir", "llm", "logging")
@@ -34,15 +35,17 @@ def two_tier(settings: Settings) -> Application:
 
 
 def three_tier(settings: Settings) -> Application:
-    """API, retrieval and LLM each apart, each scaled by itself."""
+    """API, retrieval, LLM and batches each apart, each scaled by itself."""
     device = _device(settings)
     own = _with_collection_name(_decided(settings, device).only(*BUSINESS), settings)
     knowledge = _with_chat_template(settings.only(*KNOWLEDGE), settings)
     # It holds nothing that two could not hold: the new replicas start before the old ones end.
     ingress = Ingress.options(ray_actor_options=business_options(device, num_cpus=0.2), max_surge_percent=100)
     retriever = Retriever.options(ray_actor_options=business_options(device, num_cpus=0.4))
-    return versioned(ingress, own, "Retriever", "LLM").bind(
-        own, retriever=versioned(retriever, knowledge).bind(knowledge), llm=_llm(settings, device)
+    batches = batches_deployment(own).options(ray_actor_options=business_options(device, num_cpus=0.1))
+    parts = {"retriever": versioned(retriever, knowledge).bind(knowledge), "llm": _llm(settings, device)}
+    return versioned(ingress, own, "Retriever", "LLM", "Batches").bind(
+        own, **parts, batches=versioned(batches, own, "Retriever", "LLM").bind(own, **parts)
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
+NUM_PARTS_AT_ONCE = 2
+"""Parts of batches that one replica works on at once: while one comes to its end, the other keeps the engine busy."""
 TARGET_LOAD = 0.7
 """Of what an engine computes at once: above it a burst would wait for a replica that takes long to start."""
 
@@ -32,3 +34,12 @@ def engine_load(ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
     )
     load += ctx.total_queued_requests / max(capacities.values())
     return math.ceil(load / TARGET_LOAD), {}
+
+
+def batch_backlog(ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """Ask for as many replicas as the parts of all batches keep busy, `max_ongoing_requests` of them each.
+
+    Every replica tells the same number, since all read one folder.
+    """
+    num_parts = max(ctx.aggregated_metrics.get("num_parts", {}).values(), default=0.0)
+    return math.ceil(num_parts / NUM_PARTS_AT_ONCE), {}

@@ -16,6 +16,7 @@ import uvicorn
 
 from app.api import create_api
 from app.api.http_protocol import LimitedProtocol
+from app.batch_worker import BatchWorker
 from app.llm import LLM
 from app.services import build_services
 from app.settings import LLMSettings, Settings, StoreSettings
@@ -67,9 +68,12 @@ class ServiceThread(threading.Thread):
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         services = await build_services(self._settings, device="cpu", llm=self._llm)
+        worker = BatchWorker(services)
+        worker.start()
         server = uvicorn.Server(uvicorn.Config(create_api(services), http=LimitedProtocol, log_config=None))
         self._server.set_result(server)
         await server.serve(sockets=[self._socket])
+        await worker.close()
         await services.close()
 
 

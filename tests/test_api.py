@@ -27,10 +27,13 @@ from reportlab.lib.pdfencrypt import StandardEncryption
 from reportlab.pdfgen.canvas import Canvas
 
 from app.api import create_api, health, sse
+from app.batch_queue import LocalQueue
+from app.batches import BatchStore
 from app.catalog import LocalRetriever
 from app.chat import REFUSAL, ChatService
 from app.domain import Document, Grounding, RetrieverInfo, SearchQuery, SearchResult
 from app.errors import ContextTooLong, DeadlineExceeded, LLMUnavailable, Overloaded, RetrieverUnavailable
+from app.files import FileStore
 from app.ingestion_jobs import IngestionJobs
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
@@ -69,7 +72,9 @@ async def retriever() -> AsyncIterator[LocalRetriever]:
 def api_of(retriever: Retriever, llm: LLM, grounding: Grounding = "gate") -> FastAPI:
     chat = ChatService(retriever, llm, grounding=grounding, settings=SETTINGS.answer)
     ingestions = IngestionJobs(Path(UPLOADS.name), retriever, SETTINGS.api)
-    return create_api(Services(SETTINGS, retriever, llm, chat, ingestions))
+    files = FileStore(Path(UPLOADS.name), SETTINGS.api, SETTINGS.batch)
+    batches = BatchStore(Path(UPLOADS.name), files)
+    return create_api(Services(SETTINGS, retriever, llm, chat, ingestions, files, batches, LocalQueue()))
 
 
 def client_of(retriever: Retriever, llm: LLM, grounding: Grounding = "gate") -> httpx.AsyncClient:

@@ -12,7 +12,7 @@ from app.config import DEPLOYMENTS
 
 APP = Path(__file__).parent.parent / "app"
 LAYERS = [
-    {"addresses", "domain", "errors", "placement"},
+    {"addresses", "batch_lines", "batch_queue", "domain", "errors", "identifiers", "placement"},
     {"settings"},
     {"telemetry", "config", "dashboard", "durable"},
     {"keys"},
@@ -33,12 +33,16 @@ LAYERS = [
     {"gate", "answerability", "models", "sizing", "acceleration"},
     {"embedding", "store", "llm"},
     {"planning", "query_encoding", "ingestion", "deletion", "reranking", "uploads"},
+    {"files"},
+    {"batches"},
+    {"webhooks"},
     {"retrieval"},
     {"reindexing", "chat", "ingestion_jobs"},
     {"collection"},
     {"catalog"},
     {"services"},
     {"api", "client", "doctor", "launcher"},
+    {"batch_worker"},
     {"evaluation", "changeover"},
     {"cli"},
 ]

@@ -8,13 +8,15 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from app.api.authentication import Authentication
+from app.api.batches import batches_router
 from app.api.chat import chat_router
 from app.api.collections import collections_router
 from app.api.description import API
 from app.api.documents import documents_router
 from app.api.errors import install_error_handlers
 from app.api.facets import facets_router
-from app.api.guards import GuardedIngestions, GuardedLLM, GuardedRetriever
+from app.api.files import files_router
+from app.api.guards import guarded
 from app.api.health import health_router
 from app.api.ingestions import ingestions_router
 from app.api.middleware import BodyLimit, RequestContext, SameOrigin
@@ -39,6 +41,8 @@ ROUTERS = (
     ingestions_router,
     search_router,
     collections_router,
+    files_router,
+    batches_router,
 )
 
 
@@ -58,11 +62,9 @@ def create_api(services: Services) -> FastAPI:
     api.add_middleware(RequestContext)
     install_error_handlers(api)
     api.include_router(health_router(services, keys))
-    guarded = services.over(
-        GuardedRetriever(services.retriever), GuardedLLM(services.llm, rates), GuardedIngestions(services.ingestions)
-    )
+    reachable = guarded(services, rates)
     for router in ROUTERS:
-        api.include_router(router(guarded))
+        api.include_router(router(reachable))
     api.mount("/web", StaticFiles(directory=WEB), name="web")
 
     @api.get("/", include_in_schema=False)

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.batches import Status as BatchStatus
 from app.domain import (
     Chunk,
     CollectionInfo,
@@ -20,6 +21,7 @@ from app.domain import (
     Scalar,
     StoredDocument,
 )
+from app.files import Purpose
 from app.ingestion_jobs import Status
 from app.settings import APISettings
 
@@ -47,6 +49,13 @@ class Page(Listed[T], Generic[T]):
     """A part of a list."""
 
     has_more: bool
+
+
+class Pages(Page[T], Generic[T]):
+    """A part of a list that names its ends, unless it is empty."""
+
+    first_id: str = SOMETIMES
+    last_id: str = SOMETIMES
 
 
 # --- Errors and health -----------------------------------------------------------------------------------------------
@@ -370,13 +379,6 @@ class VectorStore(Body):
     usage_bytes: int
 
 
-class VectorStores(Page[VectorStore]):
-    """All vector stores."""
-
-    first_id: str = SOMETIMES
-    last_id: str = SOMETIMES
-
-
 class TextContent(Body):
     """The text of a passage."""
 
@@ -537,3 +539,75 @@ class Reindexing(ReindexStatus):
     __pydantic_config__ = WITH_DEFAULTS
 
     object: Literal["reindex"]
+
+
+# --- Batches ---------------------------------------------------------------------------------------------------------
+
+
+class FileBody(Body):
+    """A file of requests, or of what they were answered with."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    """In seconds since the epoch."""
+    expires_at: int | None
+    filename: str
+    purpose: Purpose
+    status: Literal["processed"]
+    status_details: str | None
+
+
+class DeletedFile(Body):
+    """A file is gone."""
+
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+class BatchError(Body):
+    """Why a batch failed before it began."""
+
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+    """Of the input file, from 1."""
+
+
+class RequestCounts(Body):
+    """How many requests a batch has, and how many of them are answered."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchBody(Body):
+    """A batch and how far it is. Times are seconds since the epoch."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    errors: Listed[BatchError] | None
+    """Lines of the input file that are no requests: then none is answered."""
+    input_file_id: str
+    completion_window: str
+    status: BatchStatus
+    output_file_id: str | None
+    """Of the requests that succeeded."""
+    error_file_id: str | None
+    """Of those that failed."""
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    metadata: dict[str, str] | None

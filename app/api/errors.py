@@ -1,6 +1,7 @@
 """Every error on every route as an OpenAI error object."""
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -52,16 +53,20 @@ async def _cleave_error(_: Request, error: Exception) -> JSONResponse:
     return error_response(error)
 
 
+def refusal(error: Mapping[str, Any], path: Sequence[int | str]) -> InvalidRequest:
+    """Say in one line what pydantic found wrong at `path` of a body."""
+    param = ".".join(map(str, path)) or None
+    if error["type"] == "json_invalid":
+        return InvalidRequest(f"The body is not valid JSON: {error['ctx']['error']}.")
+    if not param:
+        return InvalidRequest("The body is not a JSON object. Send one with the header Content-Type: application/json.")
+    return InvalidRequest(f"{param}: {error['msg']}.", param=param)
+
+
 async def _validation_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    if first["type"] == "json_invalid":
-        return await _cleave_error(_, InvalidRequest(f"The body is not valid JSON: {first['ctx']['error']}."))
-    if not param:
-        message = "The body is not a JSON object. Send one with the header Content-Type: application/json."
-        return await _cleave_error(_, InvalidRequest(message))
-    return await _cleave_error(_, InvalidRequest(f"{param}: {first['msg']}.", param=param))
+    return error_response(refusal(first, first["loc"][1:]))
 
 
 async def _client_left(_: Request, error: Exception) -> JSONResponse:

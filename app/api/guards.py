@@ -33,9 +33,19 @@ from app.ingestion_jobs import Ingestion, Ingestions, Result, no_ingestion
 from app.llm import LLM
 from app.rates import Rates, estimate_tokens
 from app.retrieval import Retriever
+from app.services import Services
 from app.settings import IndexSettings
 from app.store import NO_FILTERS
 from app.uploads import UploadWriter
+
+
+def guarded(services: Services, rates: Rates) -> Services:
+    """Put guards before all that could give somebody what is not theirs."""
+    return services.over(
+        GuardedRetriever(services.retriever),
+        GuardedLLM(services.llm, rates),
+        GuardedIngestions(services.ingestions),
+    )
 
 
 class GuardedRetriever:

@@ -31,7 +31,7 @@ SECURITY_HEADERS = [
 PAGES_WITH_OWN_POLICY = frozenset({"/docs", "/redoc"})
 
 
-UPLOAD = ("POST", "/v1/documents")
+UPLOADS = {("POST", "/v1/documents"), ("POST", "/v1/files")}
 SLOW_BODY_PATIENCE_S = 30.0
 SLOWEST_BODY_BYTES_PER_S = 8192
 """A client that sends less for so long, such as a byte now and then, must not hold what others need."""
@@ -200,4 +200,4 @@ class _LimitedBody:
 
 def _is_upload(scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
     is_form = headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data")
-    return is_form and (scope["method"], scope["path"]) == UPLOAD
+    return is_form and (scope["method"], scope["path"]) in UPLOADS

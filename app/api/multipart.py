@@ -18,14 +18,16 @@ BLOCK_BYTES = 2**20
 BROKEN = "the form is broken: send multipart/form-data as an HTTP client writes it"
 
 
-async def receive_form(content_type: str, body: AsyncIterator[bytes], writer: UploadWriter) -> dict[str, str]:
-    """Write the files of the form's field `files`; give its other fields, of which the last of a name counts.
+async def receive_form(
+    content_type: str, body: AsyncIterator[bytes], writer: UploadWriter, *, field: str = "files"
+) -> dict[str, str]:
+    """Write the files of one field of the form; give its other fields, of which the last of a name counts.
 
     Raises:
         HTTPException: it is no form, or ends too early.
         TooLarge: it has too many parts, or a field that is no file is too long.
     """
-    form = _Form(_boundary(content_type), writer)
+    form = _Form(_boundary(content_type), writer, field)
     block = bytearray()
     async for piece in body:
         block += piece
@@ -46,8 +48,9 @@ def _boundary(content_type: str) -> bytes:
 class _Form:
     """What the parser of the form calls, and where its parts go."""
 
-    def __init__(self, boundary: bytes, writer: UploadWriter) -> None:
+    def __init__(self, boundary: bytes, writer: UploadWriter, field: str) -> None:
         self._writer = writer
+        self._file_field = field
         self._fields: dict[str, str] = {}
         self._num_files = self._num_fields = 0
         self._header = self._value = b""
@@ -104,7 +107,7 @@ class _Form:
         if b"name" not in options:
             raise HTTPException(400, BROKEN)
         self._name = options[b"name"].decode(errors="replace")
-        self._is_file = self._name == "files" and b"filename" in options
+        self._is_file = self._name == self._file_field and b"filename" in options
         self._field = None
         if self._is_file:
             self._begin_file(options[b"filename"])
@@ -117,7 +120,7 @@ class _Form:
     def _begin_file(self, filename: bytes) -> None:
         self._num_files += 1
         if self._num_files > MAX_FILES:
-            raise TooLarge(f"The form has more than {MAX_FILES} files: send the rest in another.", param="files")
+            raise TooLarge(f"The form has more than {MAX_FILES} files: send the rest in another.", param=self._name)
         try:
             self._writer.begin_file(filename.decode() or "unnamed")
         except UnicodeDecodeError:

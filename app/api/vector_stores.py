@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.bodies import VectorStore, VectorStoreResults, VectorStores
+from app.api.bodies import Pages, VectorStore, VectorStoreResults
 from app.api.filters import AttributeFilter, to_filters
 from app.api.json_bodies import JSONRoute
 from app.api.schemas import CollectionName, Text
@@ -56,7 +56,7 @@ def vector_stores_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["vector stores"], route_class=JSONRoute)
     retriever = services.retriever
 
-    @router.get("/v1/vector_stores", responses={200: {"model": VectorStores}})
+    @router.get("/v1/vector_stores", responses={200: {"model": Pages[VectorStore]}})
     async def list_vector_stores() -> dict[str, Any]:
         """List the collections as vector stores; an id is the collection's name."""
         found = [_vector_store(one.name, one.num_documents) for one in await retriever.collections()]
