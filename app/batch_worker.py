@@ -1,9 +1,10 @@
 """Answers the requests of batches: a part at a time, by the same code and with the same rights as online."""
 
 import asyncio
+import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,8 @@ from app.errors import CleaveError, DeadlineExceeded, LLMUnavailable, RateLimite
 from app.keys import KeyFile
 from app.llm import LLM
 from app.rates import Rates
-from app.services import Services
+from app.services import Answering, Services
+from app.settings import Settings
 from app.telemetry import logger, request_id
 from app.webhooks import Webhooks
 
@@ -175,35 +177,49 @@ class BatchWorker:
         await finish_in_thread(part.finish)
 
     async def _result(self, batch: Batch, request: BatchRequest) -> Mapping[str, Any]:
-        """Ask until there is an answer: what passes by itself is waited for."""
-        request_id.set(str(uuid.uuid4()))
-        retry_s, num_late = MIN_RETRY_S, 0
-        while True:
-            try:
-                body = await self._body(batch, request)
-                return result(request.custom_id, status=200, body=body, request_id=request_id.get())
-            except (Unavailable, RateLimited, DeadlineExceeded) as error:
-                num_late += isinstance(error, DeadlineExceeded)
-                if num_late == MAX_LATE_ANSWERS:
-                    return _refused(request, error)
-                logger.warning("a request of a batch waits", extra={"batch_id": batch.id, "why": error.message})
-                await asyncio.sleep(min(max(error.retry_after_s or 0, retry_s), MAX_RETRY_S))
-                retry_s *= 2
-            except CleaveError as error:
-                return _refused(request, error)
-            except Exception as error:
-                return _refused(request, internal_error(error))
+        return await persistently(request, lambda: self._body(batch, request))
 
     async def _body(self, batch: Batch, request: BatchRequest) -> dict[str, Any]:
         key = await self._keys.by_id(batch.key_id) if batch.key_id else None
         caller.set(Caller(key, self._settings.store.collection))
         if key is not None:
             await self._rates.admit(key)
-        body = await complete(self._answering, read_body(request), base_url=batch.base_url)
-        if missed := [one for one in body["rag"]["degraded"] if one.startswith("llm_")]:
-            # The client online would have had to make do with quotes.
-            raise LLMUnavailable(f"The language model was lost in the middle of an answer ({missed[0]}).")
-        return body
+        return await answer(self._answering, request, base_url=batch.base_url)
+
+
+async def answer(services: Answering, request: BatchRequest, *, base_url: str) -> dict[str, Any]:
+    """Answer a request as online; what a client there would have had to make do with is `Unavailable` here."""
+    body = await complete(services, read_body(request), base_url=base_url)
+    if missed := [one for one in body["rag"]["degraded"] if one.startswith("llm_")]:
+        raise LLMUnavailable(f"The language model was lost in the middle of an answer ({missed[0]}).")
+    return body
+
+
+async def persistently(
+    request: BatchRequest, ask: Callable[[], Awaitable[dict[str, Any]]], *, patience_s: float = math.inf
+) -> Mapping[str, Any]:
+    """Ask until there is an answer or an error that stays: what passes by itself is waited for.
+
+    Raises `Unavailable` when it has not passed after `patience_s`.
+    """
+    request_id.set(str(uuid.uuid4()))
+    began, retry_s, num_late = time.monotonic(), MIN_RETRY_S, 0
+    while True:
+        try:
+            return result(request.custom_id, status=200, body=await ask(), request_id=request_id.get())
+        except (Unavailable, RateLimited, DeadlineExceeded) as error:
+            num_late += isinstance(error, DeadlineExceeded)
+            if num_late == MAX_LATE_ANSWERS:
+                return _refused(request, error)
+            if isinstance(error, Unavailable) and time.monotonic() - began > patience_s:
+                raise
+            logger.warning("a request of a batch waits", extra={"why": error.message})
+            await asyncio.sleep(min(max(error.retry_after_s or 0, retry_s), MAX_RETRY_S))
+            retry_s *= 2
+        except CleaveError as error:
+            return _refused(request, error)
+        except Exception as error:
+            return _refused(request, internal_error(error))
 
 
 def read_body(request: BatchRequest) -> ChatCompletionRequest:
@@ -220,8 +236,15 @@ def read_body(request: BatchRequest) -> ChatCompletionRequest:
 
 
 def patient(services: Services) -> Services:
-    """Answer as the service does, with more time, and wait for the language model in place of quoting."""
-    settings = services.settings
+    """Answer as the service does, behind those that somebody waits for, by `patient_settings`."""
+    settings = patient_settings(services.settings)
+    llm = BackgroundLLM(services.llm)
+    chat = services.chat.over(services.retriever, llm, settings=settings.answer)
+    return replace(services, settings=settings, llm=llm, chat=chat)
+
+
+def patient_settings(settings: Settings) -> Settings:
+    """Have answers take more time, and wait for the language model in place of quoting."""
     answer = settings.answer.model_copy(
         update={
             "timeout_s": settings.batch.timeout_s,
@@ -229,13 +252,7 @@ def patient(services: Services) -> Services:
             "without_llm": "error",
         }
     )
-    llm = BackgroundLLM(services.llm)
-    return replace(
-        services,
-        settings=settings.model_copy(update={"answer": answer}),
-        llm=llm,
-        chat=services.chat.over(services.retriever, llm, settings=answer),
-    )
+    return settings.model_copy(update={"answer": answer})
 
 
 def _refused(request: BatchRequest, error: CleaveError) -> Mapping[str, Any]:
