@@ -68,7 +68,7 @@ class Output:
                 while num_written < len(content):
                     num_written += os.write(self._descriptor, content[num_written:])
             except BaseException:
-                os.ftruncate(self._descriptor, self._size)
+                self._cut()
                 raise
             self._size += len(content)
             self.num_done += len(lines)
@@ -120,9 +120,13 @@ class Output:
                 self._size += num_bytes
                 self.num_done += 1
                 self.num_failed += not is_answer
+        self._cut()
+        write_whole(self._run, json.dumps(run, indent=1).encode())
+
+    def _cut(self) -> None:
+        """Remove what stands behind the results that count."""
         os.ftruncate(self._descriptor, self._size)
         os.lseek(self._descriptor, self._size, os.SEEK_SET)
-        write_whole(self._run, json.dumps(run, indent=1).encode())
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:

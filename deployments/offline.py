@@ -24,9 +24,8 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.actor import ActorHandle
-from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources
+from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources, TaskPoolStrategy
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from app.batch_lines import Line, is_success, read_lines
 from app.cli.output import FAILED, exit_code
@@ -180,10 +179,10 @@ def _dataset(
     index: Index, source: Path, settings: Settings, device: Device, base_url: str, patience_s: float
 ) -> Dataset:
     """Tie the stages together. Only this node is sure to have the input, and the documents of an embedded store."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     num_engines = int(ray.cluster_resources().get("GPU", 1)) if device == "gpu" else 1
     is_shared = settings.store.kind == "server"
-    placed = business_options(device, num_cpus=0.4) if is_shared else {"num_cpus": 0.4, "scheduling_strategy": here}
+    placed = business_options(device, num_cpus=0.4) if is_shared else {"num_cpus": 0.4, "label_selector": here}
     retrieval = ray.remote(_Retrieval).options(max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, **placed)
     retrievals = [
         retrieval.remote(settings, device, base_url, patience_s) for _ in range(max(num_engines, 1) if is_shared else 1)
@@ -196,8 +195,8 @@ def _dataset(
         batch_format="pyarrow",
         fn_args=(source, retrievals),
         num_cpus=0.1,
-        concurrency=NUM_READERS,
-        scheduling_strategy=here,
+        compute=TaskPoolStrategy(size=NUM_READERS),
+        label_selector=here,
     ).map_batches(
         _Generation,
         batch_size=None,
@@ -209,8 +208,7 @@ def _dataset(
             max_tasks_in_flight_per_actor=num_in_flight,
             max_concurrent_calls_per_actor=num_in_flight,
         ),
-        max_restarts=MAX_RESTARTS,
-        max_task_retries=MAX_RESTARTS,
+        ray_remote_args_fn=lambda: {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS},
         **llm_options(device, num_cpus=0.4),
     )
 

@@ -1,10 +1,8 @@
 """Batches over HTTP, with the official client: files in, answers out, by the code that answers online."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
