@@ -63,6 +63,8 @@ def batch(
     elif last.get("phase") != "done":
         fail(f"the run has ended early; {log} says why. Run the same again to go on.", FAILED)
     else:
+        if not last["summary"]["requests"]:
+            open_console(stderr=True).print(f"{source} holds no request, so {target} holds no result.")
         _print_summary(last["summary"], as_json)
     raise typer.Exit(code)
 
