@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -31,9 +32,9 @@ from app.batch_lines import Line, is_success, read_lines
 from app.cli.output import FAILED, exit_code
 from app.config import Config, load_config
 from app.domain import SearchQuery, SearchResult
-from app.errors import CleaveError, ConfigurationError, RetrieverUnavailable, StoreInUse
+from app.errors import CleaveError, ConfigurationError, InvalidRequest, RetrieverUnavailable, StoreInUse
 from app.offline_answers import Completion, Load, MeasuredLLM, Preparation, settings_of_answers
-from app.offline_input import Index, Range, fingerprint, read_index, read_range
+from app.offline_input import MIN_RANGE_LINES, Index, Range, fingerprint, read_index, read_range
 from app.offline_output import Output, check_output
 from app.retrieval import Retriever
 from app.services import build_llm, build_retriever, spare_from_collection
@@ -187,7 +188,7 @@ def _dataset(
     retrievals = [
         retrieval.remote(settings, device, base_url, patience_s) for _ in range(max(num_engines, 1) if is_shared else 1)
     ]
-    num_in_flight = max(MIN_RANGES_IN_FLIGHT, 4 * settings.llm.max_num_seqs // 16)
+    num_in_flight = max(MIN_RANGES_IN_FLIGHT, 4 * settings.llm.max_num_seqs // MIN_RANGE_LINES)
     ranges = ray.data.from_items([asdict(one) for one in index.ranges], override_num_blocks=len(index.ranges))
     return ranges.map_batches(
         _prepared,
@@ -225,24 +226,29 @@ def _configure_ray_data() -> None:
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
-def _run(config: Config, source: Path, target: Path, *, address: str | None, overwrite: bool) -> dict[str, Any]:
+def _run(
+    config: Config, source: Path, target: Path, *, address: str | None, overwrite: bool, tell: Callable[..., None]
+) -> dict[str, Any]:
     """Answer what is not answered yet; give the summary."""
     started = time.monotonic()
     settings = _absolute(config.settings)
     check_output(target, overwrite=overwrite)
     if target.exists() and target.samefile(source):
-        raise ConfigurationError("The output would take the place of the input. Name another file.")
-    run: dict[str, Any] = {"input": fingerprint(source)}
+        raise InvalidRequest("The output would take the place of the input. Name another file.")
+    found = fingerprint(source)
     is_empty = next(read_lines(source), None) is None
     if not is_empty:
-        _tell(phase="starting")
         _start_ray(address)
     device: Device = "cpu" if is_empty else choose_device(settings)
-    run["settings"] = settings_of_answers(settings, device)
+    run = {"input": found, "settings": settings_of_answers(settings, device)}
     with Output.open(target, run, overwrite=overwrite) as output:
         num_before = output.num_done
-        index = read_index(source, num_done=num_before, tell=lambda num_bytes: _tell(phase="reading", done=num_bytes))
-        _tell(phase="answering", done=num_before, failed=output.num_failed, total=index.num_requests)
+        index = read_index(source, num_done=num_before, tell=lambda num_bytes: tell(phase="reading", done=num_bytes))
+
+        def tell_progress() -> None:
+            tell(phase="answering", done=output.num_done, failed=output.num_failed, total=index.num_requests)
+
+        tell_progress()
         loads: dict[str, Load] = {}
         if index.ranges:
             _configure_ray_data()
@@ -251,26 +257,28 @@ def _run(config: Config, source: Path, target: Path, *, address: str | None, ove
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 output.append(batch["result"].to_pylist(), num_failed=sum(batch["is_failed"].to_pylist()))
                 loads[batch["engine"][-1].as_py()] = Load(**json.loads(batch["load"][-1].as_py()))
-                _tell(phase="answering", done=output.num_done, failed=output.num_failed, total=index.num_requests)
+                tell_progress()
         output.finish()
-        load = sum(loads.values(), Load())
         seconds = time.monotonic() - started
-        return {
-            "output": str(target),
-            "requests": output.num_done,
-            "completed": output.num_done - output.num_failed,
-            "failed": output.num_failed,
-            "resumed_from": num_before,
-            "seconds": round(seconds, 1),
-            "requests_per_second": round((output.num_done - num_before) / seconds, 2),
-            "engine": {
-                "seconds": round(load.seconds, 1),
-                "busy": round(load.busy_s / load.seconds, 3) if load.seconds else 0.0,
-                "full": round(load.full_s / load.seconds, 3) if load.seconds else 0.0,
-                "prompt_tokens": load.prompt_tokens,
-                "completion_tokens": load.completion_tokens,
-            },
-        }
+        return _summary(output, num_before=num_before, seconds=seconds, load=sum(loads.values(), Load()))
+
+
+def _summary(output: Output, *, num_before: int, seconds: float, load: Load) -> dict[str, Any]:
+    return {
+        "requests": output.num_done,
+        "completed": output.num_done - output.num_failed,
+        "failed": output.num_failed,
+        "resumed_from": num_before,
+        "seconds": round(seconds, 1),
+        "requests_per_second": round((output.num_done - num_before) / seconds, 2),
+        "engine": {
+            "seconds": round(load.seconds, 1),
+            "busy": round(load.busy_s / (load.seconds or 1), 3),
+            "full": round(load.full_s / (load.seconds or 1), 3),
+            "prompt_tokens": load.prompt_tokens,
+            "completion_tokens": load.completion_tokens,
+        },
+    }
 
 
 def _start_ray(address: str | None) -> None:
@@ -311,10 +319,10 @@ def _first_line(error: BaseException) -> str:
 # --- The program -----------------------------------------------------------------------------------------------------
 
 
-def _tell(**what: Any) -> None:
+def _tell(descriptor: int, **what: Any) -> None:
     """Tell whoever has started this program."""
-    with_end = json.dumps(what, ensure_ascii=False) + "\n"
-    os.write(_events, with_end.encode(errors="replace"))
+    line = json.dumps(what, ensure_ascii=False) + "\n"
+    os.write(descriptor, line.encode(errors="replace"))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -340,6 +348,8 @@ def main() -> int:
     parser.add_argument("--address")
     parser.add_argument("--overwrite", action="store_true")
     arguments = parser.parse_args()
+    tell = partial(_tell, os.dup(1))
+    os.dup2(2, 1)  # What libraries print is told to nobody.
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -352,15 +362,16 @@ def main() -> int:
             arguments.target.resolve(),
             address=arguments.address,
             overwrite=arguments.overwrite,
+            tell=tell,
         )
-        _tell(phase="done", summary=summary)
+        tell(phase="done", summary=summary)
         return FAILED if summary["failed"] else 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
         logger.exception("the run ended early")
         found = _cause(error)
-        _tell(
+        tell(
             phase="failed",
             message=found.message if found else f"unexpected error ({type(error).__name__}: {_first_line(error)})",
         )
@@ -369,12 +380,8 @@ def main() -> int:
         ray.shutdown()
 
 
-_events = 1
-
 if __name__ == "__main__":
-    # What other libraries print is no event.
-    from deployments import offline
+    # Ray passes on by its name what an imported module holds, and by value what stands in this one.
+    from deployments.offline import main as run_imported
 
-    offline._events = os.dup(1)
-    os.dup2(2, 1)
-    sys.exit(offline.main())
+    sys.exit(run_imported())

@@ -15,17 +15,15 @@ import psutil
 import pytest
 
 from app.batch_lines import is_success
+from app.config import load_config
 from app.offline_output import part_path
-from app.settings import LLMSettings, Settings, StoreSettings
-from tests.conftest import ARTICLES, ROOT, running, sample_settings
-from tests.running_service import share_prepared_models, write_config
+from tests.conftest import ARTICLES, ROOT, running
+from tests.running_service import write_config
 from tests.waiting import wait_until
 
 PROGRAM = str(Path(sys.executable).with_name("cleave"))
 QUESTIONS = [json.loads(line)["question"] for line in (ROOT / "examples" / "questions.jsonl").read_text().splitlines()]
 TIMEOUT_S = 240
-
-starts_ray = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def write(path: Path, lines: Sequence[Any]) -> Path:
@@ -146,7 +144,7 @@ def test_every_line_has_a_result_in_its_place(tmp_path: Path, config: Path) -> N
     assert results[-1]["response"]["body"]["error"]["code"] == "model_not_found"
     assert {path.name for path in tmp_path.glob("out.jsonl*")} == {"out.jsonl"}
     with (
-        running(sample_settings(tmp_path / "online")) as service,
+        running(load_config(config).settings) as service,
         httpx.Client(base_url=service.url, trust_env=False, timeout=60) as client,
     ):
         for one, line in zip(results, lines[:n], strict=False):
@@ -209,8 +207,7 @@ def test_ctrl_c_stops_in_order_and_the_next_run_goes_on(tmp_path: Path, config: 
 @pytest.mark.timeout(900)
 def test_documents_that_a_service_holds_are_left_to_it(tmp_path: Path, config: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"question": "Why?"}])
-    held = Settings(data_dir=tmp_path / "data", seed=ARTICLES, llm=LLMSettings(engine="extractive"))
-    with running(held):
+    with running(load_config(config).settings):
         ended = run(source, tmp_path / "out.jsonl", "--config", config)
     assert ended.returncode == 2
     assert "The documents are open in another process, such as the service" in ended.stderr
@@ -230,15 +227,10 @@ def test_the_bundled_model_answers_as_online(tmp_path: Path) -> None:
     engine = json.loads(ended.stdout)["engine"]
     assert engine["completion_tokens"] > 0
     assert engine["busy"] > 0
-    online_data = tmp_path / "online"
-    share_prepared_models(online_data)
-    online = Settings(
-        data_dir=online_data,
-        seed=ARTICLES,
-        store=StoreSettings(kind="memory"),
-        llm=LLMSettings(device="cpu", max_model_len=4096),
-    )
-    with running(online) as service, httpx.Client(base_url=service.url, trust_env=False, timeout=60) as client:
+    with (
+        running(load_config(config).settings) as service,
+        httpx.Client(base_url=service.url, trust_env=False, timeout=60) as client,
+    ):
         for one, line in zip(read(target), lines, strict=True):
             expected = client.post("/v1/chat/completions", json=line["body"]).json()
             found = one["response"]["body"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +32,8 @@ from app.services import Services, build_services
 from app.settings import AnswerSettings, LLMSettings, PlanningSettings, Settings
 from tests.conftest import sample_settings
 from tests.waiting import wait_until
+
+in_one_loop = pytest.mark.asyncio(loop_scope="module")
 
 QUESTION = "How long did the Reading Room outage last?"
 UNKNOWN = "Who won the 1998 football World Cup?"
@@ -270,9 +273,9 @@ def test_a_limit_on_the_size_of_files_is_told(target: Path) -> None:
 # --- The two halves of a line ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-async def services(tmp_path: Path) -> AsyncIterator[Services]:
-    built = await build_services(sample_settings(tmp_path))
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def services(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Services]:
+    built = await build_services(sample_settings(tmp_path_factory.mktemp("services")))
     yield built
     await built.close()
 
@@ -290,6 +293,7 @@ async def through_both(
     return [dict(await second.complete(one)) for one in prepared]
 
 
+@in_one_loop
 async def test_a_line_is_answered_as_online(services: Services, tmp_path: Path) -> None:
     conversation = [
         {"role": "user", "content": "What is the Reading Room?"},
@@ -318,6 +322,7 @@ async def test_a_line_is_answered_as_online(services: Services, tmp_path: Path) 
         assert set(offline["rag"]["timings_ms"]) == set(online["rag"]["timings_ms"])
 
 
+@in_one_loop
 async def test_each_bad_line_is_a_result_that_says_why(services: Services, tmp_path: Path) -> None:
     lines = [
         b"not json",
@@ -349,6 +354,7 @@ async def test_each_bad_line_is_a_result_that_says_why(services: Services, tmp_p
     assert results[8]["custom_id"] == "line-9"
 
 
+@in_one_loop
 async def test_what_needs_no_model_is_done_in_the_first_half(services: Services, tmp_path: Path) -> None:
     path = write(
         tmp_path / "in.jsonl", [asking("known"), asking("unknown", UNKNOWN), asking("raw", model="extractive")]
@@ -368,6 +374,7 @@ class NoSearch:
         raise AssertionError("what was found before is enough")
 
 
+@in_one_loop
 async def test_the_second_half_searches_only_for_what_the_model_has_rewritten(
     services: Services, tmp_path: Path
 ) -> None:
@@ -389,6 +396,7 @@ async def test_the_second_half_searches_only_for_what_the_model_has_rewritten(
     assert [query.text for query in asked] == [QUESTION]
 
 
+@in_one_loop
 async def test_the_load_of_the_model_is_measured(services: Services, tmp_path: Path) -> None:
     llm = MeasuredLLM(ExtractiveEngine(), max_num_seqs=1)
     path = write(tmp_path / "in.jsonl", [asking("q")])
