@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import time
@@ -54,6 +55,7 @@ MIN_RANGES_IN_FLIGHT = 4
 RELEASE_PATIENCE_S = 20.0
 """How long the processes of a run that was killed may keep the documents."""
 HEALTH_CHECK_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
 MAX_RESTARTS = 3
 """Of a process that dies: then the run ends, and the next one goes on."""
 HELD = (
@@ -286,11 +288,28 @@ def _start_ray(address: str | None) -> None:
     if address is None:
         num_cpus = max(MIN_CPUS, os.cpu_count() or 1)
         options |= {"num_cpus": num_cpus, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+    else:
+        _check_address(address)
     try:
         ray.init(address=address or "local", **options)
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         where = f"the cluster at {address}" if address else "Ray"
         raise ConfigurationError(f"--address: {where} cannot be reached ({_first_line(error)}).") from error
+
+
+def _check_address(address: str) -> None:
+    """Refuse in seconds what Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdecimal():
+        raise InvalidRequest(f"--address: {address!r} is neither HOST:PORT, as `ray start` tells it, nor auto.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError):
+        raise InvalidRequest(
+            f"--address: no Ray cluster answers at {address}. Name another, or leave it out."
+        ) from None
 
 
 def _absolute(settings: Settings) -> Settings:

@@ -108,6 +108,20 @@ def test_the_output_cannot_take_the_place_of_the_input(tmp_path: Path, config: P
     assert read(source) == [{"question": "Why?"}]
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"), ("ray://head:10001/", "is neither HOST:PORT")],
+)
+def test_a_cluster_that_does_not_answer_is_told_at_once(
+    tmp_path: Path, config: Path, address: str, message: str
+) -> None:
+    source = write(tmp_path / "in.jsonl", [{"question": "Why?"}])
+    ended = run(source, tmp_path / "out.jsonl", "--config", config, "--address", address)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
 def test_an_input_without_requests_has_an_output_without_results(tmp_path: Path, config: Path) -> None:
     source, target = write(tmp_path / "in.jsonl", [b"", b"  "]), tmp_path / "out.jsonl"
     ended = run(source, target, "--config", config)
@@ -161,10 +175,10 @@ def test_every_line_has_a_result_in_its_place(tmp_path: Path, config: Path) -> N
 def test_a_kill_at_any_point_loses_no_line_and_doubles_none(tmp_path: Path, config: Path, who: str) -> None:
     """Killed twice, at random; what is left ends by itself, and the run goes on."""
     chance = random.Random(who)
-    lines = [asking(f"q{n}", QUESTIONS[n % len(QUESTIONS)]) for n in range(2_000)]
+    lines = [asking(f"q{n}", QUESTIONS[n % len(QUESTIONS)]) for n in range(600)]
     source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     for _ in range(2):
-        wanted = num_lines(part_path(target)) + chance.randrange(1, 400)
+        wanted = num_lines(part_path(target)) + chance.randrange(1, 150)
         with started(source, target, "--config", config) as process:
             wait_until(lambda wanted=wanted: num_lines(part_path(target)) >= wanted, TIMEOUT_S)  # type: ignore[misc]
             processes = everything(process)
