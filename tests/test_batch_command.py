@@ -232,8 +232,9 @@ def test_documents_that_a_service_holds_are_left_to_it(tmp_path: Path, config: P
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_the_bundled_model_answers_as_online(tmp_path: Path) -> None:
-    settings = {"seed": str(ARTICLES), "llm": {"device": "cpu", "max_model_len": 4096}}
-    config = write_config(tmp_path, **settings)
+    # Time enough, so that on a busy machine no answer online becomes a quote.
+    answer = {"timeout_s": 300, "first_token_timeout_s": 300}
+    config = write_config(tmp_path, seed=str(ARTICLES), llm={"device": "cpu", "max_model_len": 4096}, answer=answer)
     lines = [asking(f"q{n}", question) for n, question in enumerate(QUESTIONS)]
     source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     ended = run(source, target, "--config", config, "--json")
@@ -243,7 +244,7 @@ def test_the_bundled_model_answers_as_online(tmp_path: Path) -> None:
     assert engine["busy"] > 0
     with (
         running(load_config(config).settings) as service,
-        httpx.Client(base_url=service.url, trust_env=False, timeout=60) as client,
+        httpx.Client(base_url=service.url, trust_env=False, timeout=300) as client,
     ):
         for one, line in zip(read(target), lines, strict=True):
             expected = client.post("/v1/chat/completions", json=line["body"]).json()
