@@ -24,11 +24,11 @@ BUILDERS = "deployments.application"
 DEPLOYMENTS = {
     "monolith": ("Ingress",),
     "two_tier": ("Ingress", "LLM"),
-    "three_tier": ("Ingress", "Retriever", "LLM", "Batches"),
+    "three_tier": ("Ingress", "Retriever", "Batches", "LLM"),
 }
 """What each topology is made of. The documents belong to the Retriever, or to the Ingress where there is none."""
 
-LIMITS = {"Ingress": (256, 64.0), "Retriever": (64, 16.0), "LLM": (64, 40.0)}
+LIMITS = {"Ingress": (256, 64.0), "Retriever": (64, 16.0), "Batches": (2, 1.0), "LLM": (64, 40.0)}
 """The code's own `max_ongoing_requests` and `target_ongoing_requests`, for what the file leaves out."""
 
 # Ray Serve's own, likewise.

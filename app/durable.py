@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
@@ -40,22 +40,15 @@ def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in it survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 async def finish_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run it in a thread. Who is cancelled meanwhile waits for its end, so that what follows meets no half of it."""
     work = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        await asyncio.gather(work, return_exceptions=True)
+        while not work.done():
+            with suppress(asyncio.CancelledError):  # Cancelled once more.
+                await asyncio.gather(asyncio.shield(work), return_exceptions=True)
         raise
 
 
@@ -107,3 +100,12 @@ class Hold:
     def __exit__(self, *_: object) -> None:
         """Let go of it."""
         self.release()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,6 +7,8 @@ CleaveError
  |   +- UnknownFilter         400
  |   +- UnreadableFile        400
  |   +- TooLarge              413
+ |   +- HeadTooLarge          431
+ |   +- CompressedBody        415
  |   +- TooSlow               408
  |   +- CrossOrigin           403
  +- AccessDenied              403  who sent it may not do this
@@ -92,8 +94,22 @@ class TooLarge(InvalidRequest):
     code = "too_large"
 
 
+class HeadTooLarge(InvalidRequest):
+    """A request line and headers over the limit."""
+
+    status = 431
+    code = "headers_too_large"
+
+
+class CompressedBody(InvalidRequest):
+    """A body in a Content-Encoding."""
+
+    status = 415
+    code = "compressed_body"
+
+
 class TooSlow(InvalidRequest):
-    """A body that comes slower than anybody's connection is."""
+    """A request that comes slower than anybody's connection is."""
 
     status = 408
     code = "too_slow"

@@ -25,7 +25,7 @@ from app.domain import (
     StoredDocument,
 )
 from app.embedding import Embedder, Vectors
-from app.errors import DocumentNotFound, UnknownFilter
+from app.errors import DocumentNotFound, InvalidRequest, UnknownFilter
 from app.ingestion import Ingestor
 from app.query_encoding import encode_query
 from app.reranking import Reranker
@@ -40,6 +40,8 @@ MAX_CACHED_PASSAGES = 4096
 RERANKING_SHARE = 0.5
 """Of the search's time: what reranking may take, so that the sentences can still be scored."""
 
+MAX_FILTER_VALUES = 1_000
+"""In one request: an engine holds Python's global lock while it compares, a hundred thousand for seconds."""
 MAX_FACETS = 100
 """Fields that are offered as filters: those that most documents have. A page with more helps nobody."""
 MAX_METADATA_AGE_S = 30.0
@@ -195,7 +197,9 @@ class Index:
         passages = choose(ranked, query.top_k)
         with watch.stage("score_sentences"):
             scored = await self._with_sentences(passages[: query.num_scored], question)
-        notice = None if passages or not filters else (await self._metadata.read()).explain(filters, recognised)
+        notice = None
+        if filters and not passages:
+            notice = await asyncio.to_thread((await self._metadata.read()).explain, filters, recognised)
         found = (*scored, *passages[query.num_scored :])
         return SearchResult(found, watch.timings_ms, degraded, recognised, notice)
 
@@ -267,6 +271,9 @@ class Index:
     async def _check_filters(self, filters: Filters) -> None:
         if not filters:
             return
+        num_values = sum(len(wanted) if isinstance(wanted, list) else 1 for wanted in filters.values())
+        if num_values > MAX_FILTER_VALUES:
+            raise InvalidRequest(f"Filters may name {MAX_FILTER_VALUES} values, not {num_values}.", param="filters")
         known = await self._store.filter_fields()
         unknown = sorted(set(filters) - set(known))
         if unknown:

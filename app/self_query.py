@@ -30,6 +30,8 @@ MAX_WORDS = 8
 """Of one name in a value that a question may name; longer ones are texts."""
 MAX_CHARACTERS = 200
 """Of a value as a whole, which may list several names."""
+MAX_LISTED = 8
+"""Of the values of a filter, in a message. Of so many, those are looked for that are like them."""
 MAX_SUGGESTIONS = 3
 MIN_SIMILARITY = 0.7
 """Of a value to one that no document has, as `difflib` counts it, to be suggested."""
@@ -167,8 +169,9 @@ class MetadataIndex:
         origin = f" (The question names {describe(recognised)}.)" if recognised else ""
         for field, wanted in filters.items():
             values = wanted if isinstance(wanted, list) else [wanted]
-            if not any(_same(value, held) for value in values for held in self._values.get(field, ())):
-                nearest = list(dict.fromkeys(near for value in values for near in self._nearest(field, value)))
+            held = self._values.get(field, ())
+            if {_kind_and_value(value) for value in held}.isdisjoint(map(_kind_and_value, values)):
+                nearest = _nearest(values[:MAX_LISTED], held)
                 hint = f" Did you mean {_listed(nearest[:MAX_SUGGESTIONS])}?" if nearest else ""
                 return f"No document matches the filters: none has {describe({field: wanted})}.{hint}{origin}"
         return f"No document matches the filters: none has {describe(filters)}.{origin}"
@@ -189,13 +192,6 @@ class MetadataIndex:
             self._hosts.setdefault(value.casefold(), set()).add(entry)
         elif is_outlet:
             self._outlets.setdefault(_name(value), set()).add(entry)
-
-    def _nearest(self, field: str, wanted: Scalar) -> list[Scalar]:
-        held = {" ".join(_name(str(value))): value for value in self._values.get(field, ())}
-        asked = _name(str(wanted))
-        holding = [text for text in held if asked and set(asked) <= set(text.split())]
-        alike = difflib.get_close_matches(" ".join(asked), held, MAX_SUGGESTIONS, MIN_SIMILARITY)
-        return [held[text] for text in dict.fromkeys([*alike, *sorted(holding)])]
 
     def _mentions(self, question: str, words: Sequence[_Word]) -> list[_Mention]:
         mentions = [*self._named_people(question, words), *self._named_outlets(question, words)]
@@ -477,12 +473,31 @@ def _one_or_more(values: set[Scalar]) -> Scalar | list[Scalar]:
 
 
 def _holds(wanted: Scalar | list[Scalar], value: Scalar) -> bool:
-    return any(_same(one, value) for one in (wanted if isinstance(wanted, list) else [wanted]))
+    values = wanted if isinstance(wanted, list) else [wanted]
+    return _kind_and_value(value) in map(_kind_and_value, values)
 
 
-def _same(wanted: Scalar, held: Scalar) -> bool:
-    return wanted == held and isinstance(wanted, bool) == isinstance(held, bool)
+def _kind_and_value(value: Scalar) -> tuple[bool, Scalar]:
+    """Tell `True` from 1, which are equal."""
+    return isinstance(value, bool), value
+
+
+def _nearest(wanted: Iterable[Scalar], held: Iterable[Scalar]) -> list[Scalar]:
+    """Find what is spelt like one of the wanted values, or holds all of its words."""
+    names = {" ".join(_name(str(value))): value for value in held}
+    found: dict[str, None] = {}
+    for value in wanted:
+        asked = _name(str(value)[:MAX_CHARACTERS])
+        alike = difflib.get_close_matches(" ".join(asked), names, MAX_SUGGESTIONS, MIN_SIMILARITY)
+        words = set(asked)
+        holding = [name for name in names if words and words <= set(name.split())]
+        found |= dict.fromkeys([*alike, *sorted(holding)])
+    return [names[name] for name in found]
 
 
 def _listed(values: Sequence[Scalar]) -> str:
-    return " or ".join(json.dumps(value, ensure_ascii=False) for value in values) or "no value"
+    shown = [value[:MAX_CHARACTERS] if isinstance(value, str) else value for value in values[:MAX_LISTED]]
+    listed = [json.dumps(value, ensure_ascii=False) for value in shown]
+    if len(values) > MAX_LISTED:
+        listed.append(f"{len(values) - MAX_LISTED} others")
+    return " or ".join(listed) or "no value"

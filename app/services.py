@@ -92,8 +92,9 @@ async def build_services(
     ingestions = IngestionJobs(settings.data_dir, retriever, settings.api)
     if ingests:
         ingestions.start()
-    files = FileStore(settings.data_dir, settings.api, settings.batch)
-    batches = BatchStore(settings.data_dir, files)
+    shared = settings.batch.folder or settings.data_dir
+    files = FileStore(shared, settings.api, settings.batch)
+    batches = BatchStore(shared, files)
     return Services(settings, retriever, llm, chat, ingestions, files, batches, queue or LocalQueue())
 
 

@@ -165,11 +165,12 @@ class APISettings(Branch):
 class BatchSettings(Branch):
     """Batches: files of requests that are answered when there is time."""
 
+    folder: Path | None = Field(None, description="of files and batches, shared by all nodes; default: data_dir")
     broker_url: str | None = Field(
         None,
         pattern=r"^(rediss?://.+|redis\+socket://.+|amqps?://.+)",
         repr=False,
-        description="of the queue, such as redis://host:6379/1; default: files in data_dir",
+        description="of the queue, such as redis://host:6379/1; default: files in that folder",
     )
     max_file_bytes: int = Field(512 * 2**20, ge=1, description="of one file of requests")
     num_concurrent: int = Field(4, ge=1, le=1024, description="requests of one part that are answered at once")

@@ -44,8 +44,14 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # As the standard library calls it.
         """Render one record without its exception."""
         fields = {"request_id": request_id.get() or None, **_extra(record)}
-        told = (f" {name}={value}" for name, value in fields.items() if value is not None)
+        told = (f" {name}={_told(value)}" for name, value in fields.items() if value is not None)
         return super().formatMessage(record) + "".join(told)
+
+
+def _told(value: object) -> str:
+    """Write a value so that it ends where it seems to: a client may put spaces and line breaks into a path."""
+    text = str(value)
+    return text if text and text.isprintable() and " " not in text else repr(text)
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:

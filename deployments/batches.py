@@ -5,6 +5,7 @@ entry of the queue says no more than that there is work; what there is to do, an
 """
 
 import asyncio
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class _Batches:
         # Serve constructs replicas within their event loop; entries come in threads of Celery's.
         self._loop = asyncio.get_running_loop()
         self._opening = self._loop.create_task(self._open(settings, retriever, llm))
+        self._working: set[Future[None]] = set()
 
     async def _open(
         self, settings: Settings, retriever: DeploymentHandle[Any], llm: DeploymentHandle[Any]
@@ -68,7 +70,12 @@ class _Batches:
     @task_handler(name=TASK)  # type: ignore[untyped-decorator]  # Ray is not typed.
     def work(self, batch_id: str) -> None:
         """Do what an entry asks for. What fails is found again by whoever has nothing to do."""
-        asyncio.run_coroutine_threadsafe(self._work(batch_id), self._loop).result()
+        working = asyncio.run_coroutine_threadsafe(self._work(batch_id), self._loop)
+        self._working.add(working)
+        try:
+            working.result()
+        finally:
+            self._working.discard(working)
 
     async def _work(self, batch_id: str) -> None:
         await (await self._opening).work(batch_id)
@@ -88,24 +95,35 @@ class _Batches:
 
 def batches_deployment(settings: Settings) -> Deployment:
     """Make the deployment, which Serve ties to its queue when it is made."""
-    consumer = task_consumer(task_processor_config=_task_config(settings))(_Batches)
+    consumer: Any = task_consumer(task_processor_config=_task_config(settings))(_Batches)
+
+    class Batches(consumer):  # type: ignore[misc]
+        """A consumer that leaves its work to others when Serve stops it, in place of ending it first."""
+
+        def __del__(self) -> None:
+            for working in list(self._working):
+                working.cancel()
+            super().__del__()
+
     return serve.deployment(
         name="Batches",
         max_ongoing_requests=NUM_PARTS_AT_ONCE,
         autoscaling_config={
             "min_replicas": 1,
             "max_replicas": 1,
+            # Nothing is asked of it through Serve: the policy decides.
+            "target_ongoing_requests": 1,
             "policy": {"policy_function": "deployments.scaling:batch_backlog"},
         },
         health_check_period_s=5,
         graceful_shutdown_timeout_s=15,
-    )(consumer)
+    )(Batches)
 
 
 def _task_config(settings: Settings) -> TaskProcessorConfig:
     broker_url, results_url, options = settings.batch.broker_url, settings.batch.broker_url, None
     if broker_url is None:
-        folder = (settings.data_dir / "queue").resolve()
+        folder = ((settings.batch.folder or settings.data_dir) / "queue").resolve()
         entries, control, results = (_made(folder / name) for name in ("entries", "control", "results"))
         broker_url, results_url = "filesystem://", f"file://{results}"
         options = {"data_folder_in": entries, "data_folder_out": entries, "control_folder": control}

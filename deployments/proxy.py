@@ -1,5 +1,7 @@
 """What Serve's proxy answers by itself, as the API's error objects: no replica yet, a full queue, a lost replica.
 
+What it reads is limited, too: uvicorn, which it runs on, has limits only for those who start it themselves.
+
 Serve loads `middlewares` where the environment of its proxies has
 `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares`; `cleave serve` sets it. It is for clusters
 that serve nothing but Cleave, at `/`.
@@ -9,8 +11,10 @@ from collections.abc import Sequence
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import HTTP_PROTOCOLS
 
 from app.api.errors import error_response
+from app.api.http_protocol import LimitedProtocol
 from app.api.middleware import OWN_HEADER
 from app.errors import CleaveError, DeadlineExceeded, Overloaded, Unavailable
 
@@ -19,7 +23,8 @@ LOST = "The replica that held this request was lost. Try again."
 
 
 def middlewares() -> list[Middleware]:
-    """Give what the proxy wraps its application with."""
+    """Give what the proxy wraps its application with. It calls this before it starts uvicorn, and names no protocol."""
+    HTTP_PROTOCOLS["auto"] = f"{LimitedProtocol.__module__}:{LimitedProtocol.__name__}"
     return [Middleware(ProxyErrors)]
 
 

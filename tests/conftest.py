@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from app.api import create_api
+from app.api.http_protocol import LimitedProtocol
 from app.batch_worker import BatchWorker
 from app.llm import LLM
 from app.services import build_services
@@ -54,12 +55,17 @@ class ServiceThread(threading.Thread):
         """Call something in the thread of the service."""
         self._loop.call_soon_threadsafe(callback)
 
+    def cut_connections(self) -> None:
+        """Break every connection off, as a failing network does."""
+        connections = self._server.result().server_state.connections
+        self.call_soon(lambda: [one.transport.abort() for one in tuple(connections)])
+
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         services = await build_services(self._settings, device="cpu", llm=self._llm)
         worker = BatchWorker(services)
         worker.start()
-        server = uvicorn.Server(uvicorn.Config(create_api(services), log_config=None))
+        server = uvicorn.Server(uvicorn.Config(create_api(services), http=LimitedProtocol, log_config=None))
         self._server.set_result(server)
         await server.serve(sockets=[self._socket])
         await worker.close()

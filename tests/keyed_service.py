@@ -16,7 +16,7 @@ from app.services import build_services
 from app.settings import AccessSettings, EmbeddingSettings, LLMSettings, Settings, StoreSettings
 
 QUESTION = {"messages": [{"role": "user", "content": "How long did the outage of the harbour crane last?"}]}
-ADDRESS = "http://cleave.test"
+ADDRESS = "http://localhost"
 
 
 @dataclass(frozen=True, slots=True)

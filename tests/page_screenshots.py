@@ -40,6 +40,12 @@ def refused(page: Page, service: PageService) -> None:
     ask(page, "Who won the 1998 football World Cup?")
 
 
+def document(page: Page, service: PageService) -> None:
+    ask(page, QUESTION)
+    page.locator(".source-card.cited .title button").click()
+    expect(page.locator(".cited-passage")).to_be_visible()
+
+
 def filters(page: Page, service: PageService) -> None:
     page.click("#open-filters")
     page.get_by_label("Noor Hallivant").check()
@@ -62,6 +68,7 @@ STATES: list[tuple[str, Callable[[Page, PageService], None], dict[str, Any]]] = 
     ("flagged", flagged, {"viewport": DESK}),
     ("degraded", degraded, {"viewport": DESK}),
     ("refused", refused, {"viewport": DESK}),
+    ("document", document, {"viewport": DESK}),
     ("filters", filters, {"viewport": DESK}),
     ("documents", documents, {"viewport": DESK}),
 ]

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -79,7 +80,7 @@ class PlayedLLM:
 class PageService:
     """A running service with the sample articles. Its text is streamed at once and checked at the end (`flag`)."""
 
-    def __init__(self, data_dir: Path, embedding: EmbeddingSettings | None = None) -> None:
+    def __init__(self, data_dir: Path, embedding: EmbeddingSettings | None = None, key: str = "") -> None:
         settings = Settings(
             seed=ARTICLES,
             store=StoreSettings(kind="memory"),
@@ -93,13 +94,33 @@ class PageService:
         self._thread.start()
         self._thread.wait_until_built()
         self.url = self._thread.url
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60)
+        self._seeded = self._document_ids()
 
     def let(self, event: asyncio.Event) -> None:
         """Set an event that a script waits for."""
         self._thread.call_soon(event.set)
 
+    def cut_connections(self) -> None:
+        """Break every connection off, as a failing network does."""
+        self._thread.cut_connections()
+
+    def restore(self) -> None:
+        """Undo what a test has added, and end what it has left running: the next one would wait for it, or find it."""
+        for one in self.client.get("/v1/ingestions", params={"limit": 100}).json()["data"]:
+            self.client.post(f"/v1/ingestions/{one['id']}/cancel")
+            self.client.get(f"/v1/ingestions/{one['id']}/events")  # Ends with the ingestion.
+        for document_id in self._document_ids() - self._seeded:
+            self.client.delete(f"/v1/documents/{quote(document_id, safe='')}")
+
     def stop(self) -> None:
+        self.client.close()
         self._thread.stop()
+
+    def _document_ids(self) -> set[str]:
+        page = self.client.get("/v1/documents", params={"limit": 1000}).json()
+        return {one["id"] for one in page["data"]}
 
 
 @contextmanager
@@ -134,9 +155,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageService]:
 
 
 @pytest.fixture
-def service(running: PageService) -> PageService:
+def service(running: PageService) -> Iterator[PageService]:
     running.llm.quote()
-    return running
+    yield running
+    running.restore()
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +168,8 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
+def context(browser: Browser, service: PageService) -> Iterator[BrowserContext]:
+    """A browser of its own, closed before the service is restored: what it still sends would come too late."""
     found = browser.new_context(viewport={"width": 1280, "height": 800})
     found.set_default_timeout(20_000)
     yield found
@@ -179,15 +202,11 @@ def page(context: BrowserContext, service: PageService) -> Iterator[Page]:
 
 
 @pytest.fixture
-def add(service: PageService) -> Iterator[Any]:
-    """Add documents, which are gone after the test."""
-    added = []
+def add(service: PageService) -> Any:
+    """Add documents."""
 
     def add(*documents: dict[str, Any]) -> None:
-        answer = httpx.post(f"{service.url}/v1/documents", json={"documents": documents}, trust_env=False).json()
+        answer = service.client.post("/v1/documents", json={"documents": documents}).json()
         assert [one["status"] for one in answer["data"]] == ["created"] * len(documents)
-        added.extend(one["document_id"] for one in answer["data"])
 
-    yield add
-    for document_id in added:
-        httpx.delete(f"{service.url}/v1/documents/{document_id}", trust_env=False)
+    return add

@@ -27,10 +27,13 @@ from reportlab.lib.pdfencrypt import StandardEncryption
 from reportlab.pdfgen.canvas import Canvas
 
 from app.api import create_api, health, sse
+from app.batch_queue import LocalQueue
+from app.batches import BatchStore
 from app.catalog import LocalRetriever
 from app.chat import REFUSAL, ChatService
 from app.domain import Document, Grounding, RetrieverInfo, SearchQuery, SearchResult
 from app.errors import ContextTooLong, DeadlineExceeded, LLMUnavailable, Overloaded, RetrieverUnavailable
+from app.files import FileStore
 from app.ingestion_jobs import IngestionJobs
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
@@ -69,12 +72,14 @@ async def retriever() -> AsyncIterator[LocalRetriever]:
 def api_of(retriever: Retriever, llm: LLM, grounding: Grounding = "gate") -> FastAPI:
     chat = ChatService(retriever, llm, grounding=grounding, settings=SETTINGS.answer)
     ingestions = IngestionJobs(Path(UPLOADS.name), retriever, SETTINGS.api)
-    return create_api(Services(SETTINGS, retriever, llm, chat, ingestions))
+    files = FileStore(Path(UPLOADS.name), SETTINGS.api, SETTINGS.batch)
+    batches = BatchStore(Path(UPLOADS.name), files)
+    return create_api(Services(SETTINGS, retriever, llm, chat, ingestions, files, batches, LocalQueue()))
 
 
 def client_of(retriever: Retriever, llm: LLM, grounding: Grounding = "gate") -> httpx.AsyncClient:
     transport = httpx.ASGITransport(api_of(retriever, llm, grounding), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://cleave.test")
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -250,7 +255,7 @@ async def test_a_source_without_an_address_is_cited_by_one_that_resolves_here(re
     async with client_of(retriever, ExtractiveEngine()) as client:
         body = (await ask(client, question="How much does the cache of the larger model take?")).json()
         url = body["choices"][0]["message"]["annotations"][0]["url_citation"]["url"]
-        assert url == "http://cleave.test/v1/documents/cache%20%231%3F.md#0"
+        assert url == "http://localhost/v1/documents/cache%20%231%3F.md#0"
         assert (await client.get(url)).json()["id"] == "cache #1?.md"
 
 
@@ -371,7 +376,7 @@ def test_the_official_client_lists_the_models_and_names_a_wrong_one(sync_client:
 @in_one_loop
 async def test_the_asynchronous_client_works_too(retriever: LocalRetriever) -> None:
     async with client_of(retriever, ScriptedLLM(SUPPORTED)) as web:
-        client = openai.AsyncOpenAI(base_url="http://cleave.test/v1", api_key="none", max_retries=0, http_client=web)
+        client = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", max_retries=0, http_client=web)
         completion = await client.chat.completions.create(
             model="cleave", messages=[{"role": "user", "content": QUESTION}], extra_body={"rag": {"top_k": 1}}
         )
@@ -389,7 +394,7 @@ async def test_the_asynchronous_client_works_too(retriever: LocalRetriever) -> N
 async def test_the_asynchronous_client_raises_what_breaks_a_stream(retriever: LocalRetriever) -> None:
     llm = ScriptedLLM("The outage", LLMUnavailable("The engine died."))
     async with client_of(retriever, llm, "flag") as web:
-        client = openai.AsyncOpenAI(base_url="http://cleave.test/v1", api_key="none", max_retries=0, http_client=web)
+        client = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", max_retries=0, http_client=web)
         stream = await client.chat.completions.create(
             model="cleave", messages=[{"role": "user", "content": QUESTION}], stream=True
         )
@@ -485,8 +490,8 @@ async def test_an_unknown_model_names_those_that_are_served(client: httpx.AsyncC
         (b"", "not a JSON object"),
         (b"[1]", "not a JSON object"),
         (b'"Hi"', "not a JSON object"),
-        (b'{"model": "\xff"}', "parsing the body"),
-        (b"[" * 40_000, "parsing the body|not valid JSON"),
+        (b'{"model": "\xff"}', "send UTF-8"),
+        (b"[" * 15_000, "nested less deeply|not valid JSON"),
     ],
 )
 async def test_a_body_that_is_no_json_object_is_refused(
@@ -1069,20 +1074,21 @@ async def test_a_wrong_search_says_which_part_is_wrong(
         ("two words", False),
         ("new\tline", False),
         ('"quoted"', False),
+        ("caf\u00e9", False),
     ],
 )
 async def test_a_sane_request_id_comes_back_and_another_is_replaced(
     client: httpx.AsyncClient, given_id: str, is_kept: bool
 ) -> None:
-    response = await client.get("/v1/models", headers={"x-request-id": given_id})
+    response = await client.get("/v1/models", headers={"x-request-id": given_id.encode("latin-1")})
     returned = response.headers["x-request-id"]
     assert (returned == given_id) == is_kept
-    assert re.fullmatch(r"[\w.:-]{1,128}", returned)
+    assert re.fullmatch(r"[\w.:-]{1,128}", returned, re.ASCII)
     assert int(response.headers["openai-processing-ms"]) >= 0
 
 
 @in_one_loop
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://[", "http://cleave.test.evil.example"])
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://[", "http://localhost.evil.example"])
 async def test_a_page_of_another_site_can_change_nothing(client: httpx.AsyncClient, origin: str) -> None:
     response = await client.post("/v1/documents", json={"documents": [{"text": "t"}]}, headers={"origin": origin})
     assert error_of(response, 403)["code"] == "cross_origin"
@@ -1091,7 +1097,7 @@ async def test_a_page_of_another_site_can_change_nothing(client: httpx.AsyncClie
 
 @in_one_loop
 async def test_the_own_page_may_change_what_it_likes(client: httpx.AsyncClient) -> None:
-    response = await client.post("/v1/search", json={"query": "a"}, headers={"origin": "http://cleave.test"})
+    response = await client.post("/v1/search", json={"query": "a"}, headers={"origin": "http://localhost"})
     assert response.status_code == 200
 
 

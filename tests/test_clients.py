@@ -50,7 +50,7 @@ def model_server() -> Iterator[MisbehavingServer]:
 
 
 @pytest.fixture(scope="module")
-def json_service(model_server: MisbehavingServer) -> Iterator[str]:
+def json_service(model_server: MisbehavingServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service whose model can write JSON."""
     service = ServiceThread(
         Settings(
@@ -58,7 +58,7 @@ def json_service(model_server: MisbehavingServer) -> Iterator[str]:
             store=StoreSettings(kind="memory"),
             llm=LLMSettings(engine="openai", url=model_server.url, model=MODEL),
             profiles={"cleave-md": ProfileSettings(dialect="markdown", top_k=3, grounding="off")},
-            data_dir=Path("unused"),
+            data_dir=tmp_path_factory.mktemp("json-service"),
         )
     )
     service.start()

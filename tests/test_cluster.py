@@ -53,7 +53,7 @@ def test_without_its_gpu_node_the_service_quotes_says_why_and_recovers(
     cluster: RunningCluster, gpu_node: Any, port: int, tmp_path: Path
 ) -> None:
     cluster.deploy(write_cluster_config(tmp_path, "three_tier", port=port))
-    cluster.wait_until(lambda: set(cluster.deployments()) == {"Ingress", "Retriever", "LLM"})
+    cluster.wait_until(lambda: set(cluster.deployments()) == {"Ingress", "Retriever", "Batches", "LLM"})
     cluster.wait_until_running()
     before = {name: cluster.replicas(name) for name in ("Ingress", "Retriever")}
     with Load(cluster.url) as load:

@@ -40,7 +40,7 @@ def settings_for(folder: Path, encoder: str, **changes: Any) -> Settings:
 async def serving(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     services: Services = await build_services(settings)
     transport = httpx.ASGITransport(create_api(services))
-    async with httpx.AsyncClient(transport=transport, base_url="http://cleave.test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
     await services.close()
 

@@ -35,7 +35,7 @@ def test_the_shipped_config_loads() -> None:
     config = load_config(ROOT / "serve_config.yaml")
     assert (config.topology, config.host, config.port) == ("three_tier", "127.0.0.1", 8000)
     assert config.settings.llm.device == "auto"
-    assert [deployment["name"] for deployment in config.deployments] == ["Ingress", "Retriever", "LLM"]
+    assert [deployment["name"] for deployment in config.deployments] == ["Ingress", "Retriever", "Batches", "LLM"]
 
 
 def test_what_the_file_leaves_out_takes_the_defaults_of_ray_serve(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_the_rule_stands_for_a_replica_that_knows_its_own_maximum() -> None:
             {"name": "LLM", "max_ongoing_requests": 2, "autoscaling_config": {"min_replicas": 0}},
             "target_ongoing_requests (2) is not below",
         ),
-        ({"name": "Retrievr"}, "three_tier has no Retrievr, only Ingress, Retriever, LLM"),
+        ({"name": "Retrievr"}, "three_tier has no Retrievr, only Ingress, Retriever, Batches, LLM"),
         ({"nam": "LLM"}, "deployments[0] must be a mapping with a `name`"),
         ({"name": "Retriever", "num_replicas": "two"}, "num_replicas must be a number, and is 'two'"),
         ({"name": "Retriever", "autoscaling_config": 3}, "autoscaling_config must be a mapping"),

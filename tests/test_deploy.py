@@ -186,7 +186,7 @@ def test_each_deployment_fits_one_group_of_pods_and_no_other(ray_service: dict[s
         places[entry["name"]] = [
             group for group, kind in offered.items() if all(kind["resources"].get(k, 0) >= v for k, v in asked.items())
         ]
-    assert places == {"Ingress": ["cpu"], "Retriever": ["cpu"], "LLM": ["gpu"]}
+    assert places == {"Ingress": ["cpu"], "Retriever": ["cpu"], "Batches": ["cpu"], "LLM": ["gpu"]}
     together = sum(entry["ray_actor_options"]["num_cpus"] for entry in entries)
     assert together <= offered["cpu"]["resources"]["CPU"], "a pod holds one replica of each"
     for entry in entries:

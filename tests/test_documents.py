@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from app.api.answers import document_path
 from app.api.document_page import document_page
+from app.api.documents import _read
 from app.client import Client
 from app.domain import Chunk, Document, StoredDocument
+from app.errors import WriteConflict
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 SHELF = "shelf"
@@ -227,6 +229,24 @@ def test_nothing_of_a_document_becomes_markup(
         assert read.tags <= MARKUP
         assert read.texts.get("article", "") == text
         assert read.chunks.get("0", "") == text[:cut]
+
+
+class Restless:
+    """A retriever whose one document is another version whenever its chunks are asked for."""
+
+    version = 0
+
+    async def document(self, document_id: str, **_: Any) -> tuple[StoredDocument, str]:
+        self.version += 1
+        return StoredDocument(document_id, "", "", {}, 1, 1, "", self.version, 0.0, 0.0), "x"
+
+    async def chunks(self, document_id: str, **_: Any) -> list[Chunk] | None:
+        return None
+
+
+async def test_a_document_that_never_stands_still_is_given_up() -> None:
+    with pytest.raises(WriteConflict, match="'log' changes faster"):
+        await _read(Restless(), "log", None, None)  # type: ignore[arg-type]
 
 
 # --- Citations -------------------------------------------------------------------------------------------------------

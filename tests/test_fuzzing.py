@@ -1,6 +1,7 @@
 """Thousands of requests that the API's description allows, or nearly allows: none may break the service or its word."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -18,14 +19,12 @@ from schemathesis.specs.openapi.schemas import OpenApiSchema
 from app.keys import create_key, keys_path
 from tests.conftest import running, sample_settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-NUM_CASES = 4
+NUM_CASES = int(os.environ.get("NUM_FUZZING_CASES", "4"))
 """For each of 28 operations, of right and of wrong requests, in a service with keys and in one without."""
 TIMEOUT_S = 120
 """A request for another index loads an encoder."""
-NO_HTTP = "Invalid HTTP request received."
-"""uvicorn's own answer, before any application is asked."""
 CONFORMANCE = [status_code_conformance, content_type_conformance, response_schema_conformance]
 """Each answer is one that the description tells of."""
 
@@ -60,15 +59,14 @@ def test_no_request_breaks_the_service(service: Fuzzed, mode: GenerationMode) ->
         def ask(case: schemathesis.Case) -> None:
             response = case.call(timeout=TIMEOUT_S, headers=dict(service.headers))
             check(response)
-            if response.text != NO_HTTP:
-                case.validate_response(response, checks=CONFORMANCE)
+            case.validate_response(response, checks=CONFORMANCE)
 
         ask()
 
 
 def check(response: schemathesis.Response) -> None:
     assert "Traceback" not in response.text
-    if response.status_code >= 400 and response.text != NO_HTTP:
+    if response.status_code >= 400:
         error = json.loads(response.text)["error"]
         # An engine that quotes cannot answer without documents, and says so.
         assert response.status_code < 500 or error["code"] == "llm_unavailable", response.text

@@ -180,6 +180,7 @@ def test_markdown_is_read_as_its_writers_mean_it(page: Page) -> None:
     assert rendered("- a\n  - b\n- c") == "<ul><li>a<ul><li>b</li></ul></li><li>c</li></ul>"
     assert rendered("3. a\n4. b") == '<ol start="3"><li>a</li><li>b</li></ol>'
     assert rendered("```python\nx = [1]\n") == '<pre tabindex="0"><code>x = [1]</code></pre>'
+    assert rendered("[see](docs/other.md)") == "<p>[see](docs/other.md)</p>"
     assert rendered("line\nbreak") == "<p>line<br>break</p>"
     assert '<th scope="col">a</th>' in rendered("| a | b |\n|---|--:|\n| 1 | 2 |")
     assert rendered("[1]: https://a.example\n\nx [1]") == "<p><sup></sup>: " + rendered("https://a.example")[3:] + (

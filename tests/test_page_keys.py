@@ -34,7 +34,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageService]:
     path = keys_path(Settings(data_dir=folder))
     KEYS.append(create_key(path, "reader", read=["default"], write=["default"])[1])
     encoder = make_encoder(tmp_path_factory.mktemp("models") / "encoder")
-    service = PageService(folder, EmbeddingSettings(model=str(encoder), dtype="float32"))
+    service = PageService(folder, EmbeddingSettings(model=str(encoder), dtype="float32"), KEYS[-1])
     yield service
     service.stop()
 
@@ -59,9 +59,8 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Page) -> None:
     expect(page.locator(".source-card")).not_to_have_count(0)
     page.evaluate(DROP, [{"name": "keyed.md", "text": "The cellar door is green."}])
     expect(page.locator(".upload .outcome")).to_have_text("created, 1 chunk")
-    # A link could not bring the key along.
-    expect(page.locator(".document-row[data-id='keyed.md'] .title")).to_have_text("keyed")
-    expect(page.locator(".document-row[data-id='keyed.md'] .title a")).to_have_count(0)
+    page.get_by_role("button", name="keyed", exact=True).click()
+    expect(page.locator("#reader-text")).to_have_text("The cellar door is green.")
     page.reload()
     ask(page, QUESTION)
     expect(page.locator(".source-card")).not_to_have_count(0)

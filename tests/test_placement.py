@@ -81,15 +81,16 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({}, set()),
     ({"llm": {"max_num_seqs": 7}}, {"LLM"}),
     ({"llm": {"engine_options": {"quantization": "fp8"}}}, {"LLM"}),
-    ({"answer": {"max_tokens": 7}}, {"Ingress"}),
-    ({"retrieval": {"top_k": 7}}, {"Ingress", "Retriever"}),
+    ({"answer": {"max_tokens": 7}}, {"Ingress", "Batches"}),
+    ({"retrieval": {"top_k": 7}}, {"Ingress", "Retriever", "Batches"}),
     ({"chunking": {"max_tokens": 77}}, {"Retriever"}),
     ({"reranking": {"num_candidates": 7}}, {"Retriever"}),
-    ({"access": {"allow_without_keys": True}}, {"Ingress"}),
+    ({"access": {"allow_without_keys": True}}, {"Ingress", "Batches"}),
+    ({"batch": {"num_concurrent": 7}}, {"Ingress", "Batches"}),
     ({"store": {"url": "http://elsewhere:6333"}}, {"Retriever"}),
-    ({"store": {"collection": "another"}}, {"Ingress", "Retriever"}),
-    ({"data_dir": "/elsewhere"}, {"Ingress", "Retriever", "LLM"}),
-    ({"logging": {"format": "text"}}, {"Ingress", "Retriever", "LLM"}),
+    ({"store": {"collection": "another"}}, {"Ingress", "Retriever", "Batches"}),
+    ({"data_dir": "/elsewhere"}, {"Ingress", "Retriever", "Batches", "LLM"}),
+    ({"logging": {"format": "text"}}, {"Ingress", "Retriever", "Batches", "LLM"}),
 ]
 
 

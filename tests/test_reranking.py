@@ -383,7 +383,9 @@ async def test_the_api_says_when_the_passages_were_not_reranked(
     await services.retriever.ingest(DOCUMENTS)
     asking = {"messages": [{"role": "user", "content": QUESTION}]}
     refused = {"messages": [{"role": "user", "content": "Who won the 1998 football World Cup?"}]}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_api(services)), base_url="http://x") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(create_api(services)), base_url="http://localhost"
+    ) as client:
         body = (await client.post("/v1/search", json={"query": QUESTION})).json()
         assert (body["data"][0]["document_id"] == "sea", body["degraded"]) == (not degraded, degraded)
         rag = (await client.post("/v1/chat/completions", json=asking)).json()["rag"]

@@ -14,9 +14,9 @@ from app import ingestion, retrieval
 from app.chunking import split
 from app.domain import Chunk, Document, EncodedChunk, Filters, SearchQuery, SearchResult
 from app.embedding import Embedder
-from app.errors import ConfigurationError, DocumentNotFound, UnknownFilter
+from app.errors import ConfigurationError, DocumentNotFound, InvalidRequest, UnknownFilter
 from app.ingestion import Ingestor, check_window, manifest
-from app.retrieval import Index
+from app.retrieval import MAX_FILTER_VALUES, Index
 from app.settings import ChunkingSettings, EmbeddingSettings, RetrievalSettings
 from app.store import Store
 from app.store.server import open_server_store
@@ -137,6 +137,16 @@ async def test_a_filter_on_a_field_that_no_document_has_is_an_error_that_lists_t
     with pytest.raises(UnknownFilter, match=r"'autor'.*author, draft, year") as caught:
         await search(retriever, autor="Noor", author="Noor")
     assert caught.value.param == "filters.autor"
+
+
+@in_one_loop
+async def test_filters_of_too_many_values_are_refused(retriever: Index) -> None:
+    names = [f"Noor {n}" for n in range(MAX_FILTER_VALUES)]
+    assert not (await search(retriever, author=names)).passages
+    for ask in (search(retriever, author=names, year=1), retriever.num_documents({"author": [*names, "Noor"]})):
+        with pytest.raises(InvalidRequest, match=r"1000 values, not 1001\.") as caught:
+            await ask
+        assert caught.value.param == "filters"
 
 
 @in_one_loop

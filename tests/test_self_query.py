@@ -249,6 +249,13 @@ def test_filters_that_match_nothing_are_explained(filters: Filters, recognised: 
     assert INDEX.explain(filters, recognised) == f"No document matches the filters: {expected}"
 
 
+def test_of_many_and_long_values_a_message_names_some_in_part() -> None:
+    many: Filters = {"author": [f"Nobody {n}" for n in range(1000)]}
+    long: Filters = {"author": "word " * 400_000}
+    assert INDEX.explain(many, {}).endswith('or "Nobody 7" or 992 others.')
+    assert len(INDEX.explain(long, {})) < 300
+
+
 def test_filters_are_described_for_a_reader() -> None:
     assert describe({"author": ["Ann", "Bo"], "year": 2024}) == 'author "Ann" or "Bo" and year 2024'
 

@@ -245,6 +245,14 @@ REQUESTS: dict[str, Request] = {
         415,
         "unsupported_media_type",
     ),
+    "compressed": Request(
+        "POST",
+        CHAT,
+        {"content": b"x", "headers": {"Content-Type": "application/json", "Content-Encoding": "gzip"}},
+        415,
+        "compressed_body",
+    ),
+    "many-headers": get("/livez", 431, "headers_too_large", headers={f"X-{n}": "y" for n in range(120)}),
     "own-request-id": get("/livez", holds=('"ok"',), headers={"X-Request-ID": "mine-1"}),
     "own-request-id-refused": get("/livez", headers={"X-Request-ID": "not sane!"}),
     # Documents. From here on the collection changes.

@@ -62,7 +62,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def head(route: str = "/v1/documents", content_type: str = FORM, **headers: str) -> bytes:
-    lines = [f"POST {route} HTTP/1.1", "Host: cleave.test", f"Content-Type: {content_type}"]
+    lines = [f"POST {route} HTTP/1.1", "Host: localhost", f"Content-Type: {content_type}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode()
 
@@ -298,7 +298,7 @@ def test_deep_json_is_refused(running: Running, opening: bytes) -> None:
     for route in ("/v1/documents", "/v1/documents?background=true", "/v1/search", "/v1/chat/completions"):
         with running.connect() as connection:
             connection.sendall(head(route, "application/json", Content_Length=str(len(body))) + body)
-            assert answer(connection)[0] == 400
+            assert answer(connection)[0] in (400, 413)
     with httpx.Client(base_url=running.url, trust_env=False) as client:
         for filters in ("[" * 5_000, '{"a":' * 2_000, '{"a": "\\ud800"}', "[]", "1", '{"a": null}', '{"a": {"b": 1}}'):
             response = client.get("/v1/documents", params={"filters": filters})

@@ -1,5 +1,6 @@
 """Who sends a request: the key that it brings, how much of its rate is left, and whether a route has asked for it."""
 
+import re
 from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +21,8 @@ OPEN_PATHS = frozenset(
 OPEN_FOLDER = "/web/"
 PROXY_HEADERS = frozenset({b"forwarded", b"x-forwarded-for", b"x-real-ip"})
 """Who is behind a proxy, nobody here can tell."""
+HOST = re.compile(r"(?:\[(?P<address>[\w.:]*)\]|(?P<name>[\w.-]*))(?::\d*)?", re.ASCII)
+CREATE_A_KEY = "Create a key there with `cleave keys create`, and send it as `Authorization: Bearer KEY`."
 CALLER = "cleave.caller"
 """Where the log finds who it was, in the scope of the request."""
 
@@ -83,12 +86,16 @@ class Authentication:
         """Find the key; None where the service has none and the request comes from this machine."""
         if await self._keys.are_needed():
             return await self._keys.find(_bearer(scope["headers"]))
-        if self._allows_without_keys or _is_from_here(scope):
+        if self._allows_without_keys:
             return None
-        raise Forbidden(
-            "This service has no keys yet, so it answers its own machine only. Create one there with "
-            "`cleave keys create`, and send it as `Authorization: Bearer KEY`."
-        )
+        if not _is_from_here(scope):
+            raise Forbidden(f"This service has no keys yet, so it answers its own machine only. {CREATE_A_KEY}")
+        if not _is_named_as_here(scope):
+            raise Forbidden(
+                "This service has no keys yet, so it answers to the names of its own machine only: use "
+                f"http://localhost or http://127.0.0.1 with its port. For other names: {CREATE_A_KEY}"
+            )
+        return None
 
     async def _rate_headers(self, key: Key | None) -> list[tuple[bytes, bytes]]:
         return [] if key is None else await self._rates.headers(key)
@@ -110,3 +117,12 @@ def _is_from_here(scope: Scope) -> bool:
     client = scope.get("client")
     is_proxied = any(name in PROXY_HEADERS for name, _ in scope["headers"])
     return client is not None and is_loopback(client[0]) and not is_proxied
+
+
+def _is_named_as_here(scope: Scope) -> bool:
+    """Tell whether the sender meant this machine. A browser sends what a page of any site asks for from here too.
+
+    Such a page may let its own name lead to this machine, and then it is of the same origin; its name stays foreign.
+    """
+    named = [HOST.fullmatch(value.decode("latin-1")) for name, value in scope["headers"] if name == b"host"]
+    return bool(named) and all(one and is_loopback((one["address"] or one["name"] or "").lower()) for one in named)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from app.access import caller
 from app.api.bodies import BatchBody, Pages
 from app.api.files import own_file, page_body
+from app.api.json_bodies import JSONRoute
 from app.batch_lines import ENDPOINT
 from app.batches import Batch, BatchStore, no_batch
 from app.durable import finish_in_thread
@@ -37,7 +38,7 @@ class BatchRequestBody(BaseModel):
 
 def batches_router(services: Services) -> APIRouter:
     """Build the routes over the given parts."""
-    router = APIRouter(tags=["batches"])
+    router = APIRouter(tags=["batches"], route_class=JSONRoute)
     batches = services.batches
 
     @router.post("/v1/batches", responses={200: {"model": BatchBody}})
@@ -89,11 +90,10 @@ def batches_router(services: Services) -> APIRouter:
     async def cancel_batch(batch_id: str) -> dict[str, Any]:
         """Have a batch end; what is answered by then is in its files."""
         found = await own_batch(batches, batch_id)
-        if found.is_finished:
-            raise InvalidRequest(f"This batch is {found.status}: there is nothing to cancel.", param="batch_id")
-        cancelled = await finish_in_thread(batches.cancel, batch_id)
-        await services.queue.put(batch_id)
-        return batch_body(cancelled)
+        if not found.is_finished:
+            found = await finish_in_thread(batches.cancel, batch_id)
+            await services.queue.put(batch_id)
+        return batch_body(found)
 
     return router
 

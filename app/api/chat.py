@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from app.api.bodies import ChatCompletion
 from app.api.completions import begin_completion, complete
+from app.api.json_bodies import JSONRoute
 from app.api.questions import begun
 from app.api.schemas import ChatCompletionRequest
 from app.api.sse import EVENT_STREAM, STREAM_HEADERS, with_heartbeats
@@ -24,7 +25,7 @@ ANSWER: dict[int | str, dict[str, Any]] = {
 
 def chat_router(services: Services) -> APIRouter:
     """Build the routes over the given parts."""
-    router = APIRouter(tags=["chat"])
+    router = APIRouter(tags=["chat"], route_class=JSONRoute)
 
     @router.post("/v1/chat/completions", response_model=None, responses=ANSWER)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> JSONResponse | StreamingResponse:

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from app.api.bodies import Collection, DeletedCollection, Listed, Reindexing
+from app.api.json_bodies import JSONRoute
 from app.api.schemas import CollectionName, InCollection
 from app.domain import ReindexStatus
 from app.errors import ConfigurationError, InvalidRequest
@@ -15,7 +16,7 @@ from app.settings import IndexSettings
 
 def collections_router(services: Services) -> APIRouter:
     """Build the routes over the given parts."""
-    router = APIRouter(tags=["collections"])
+    router = APIRouter(tags=["collections"], route_class=JSONRoute)
     retriever = services.retriever
 
     @router.get("/v1/collections", responses={200: {"model": Listed[Collection]}})

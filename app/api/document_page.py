@@ -15,6 +15,7 @@ PAGE = Template(
 <meta name="robots" content="noindex">
 <title>$title</title>
 <link rel="icon" href="/web/icon.svg">
+<link rel="stylesheet" href="/web/colours.css">
 <link rel="stylesheet" href="/web/document.css">
 </head>
 <body>

@@ -14,10 +14,12 @@ from app.api.bodies import DeletedDocument, Documents, Page, SingleChunk, WholeD
 from app.api.document_page import document_page
 from app.api.schemas import InCollection, Name, Wanted
 from app.domain import Chunk, DeletionReceipt, Filters, StoredDocument
-from app.errors import DocumentNotFound, InvalidRequest, NotFound
+from app.errors import DocumentNotFound, InvalidRequest, NotFound, WriteConflict
 from app.retrieval import Retriever
 from app.services import Services
 
+MAX_READS = 10
+"""Of a document that is replaced between the reading of its text and of its chunks."""
 FILTERS = TypeAdapter(dict[Name, Wanted])
 FILTERS_PARAMETER = Query(
     max_length=10_000,
@@ -119,12 +121,13 @@ def _parse_filters(value: str | None) -> Filters:
 async def _read(
     retriever: Retriever, document_id: str, only: int | None, collection: str | None
 ) -> tuple[StoredDocument, str, Sequence[Chunk]]:
-    """Read a document and its chunks, all of one version. Raises `DocumentNotFound`."""
-    while True:
+    """Read a document and its chunks, all of one version. Raises `DocumentNotFound` and `WriteConflict`."""
+    for _ in range(MAX_READS):
         stored, text = await retriever.document(document_id, collection=collection)
         chunks = await retriever.chunks(document_id, version=stored.version, only=only, collection=collection)
         if chunks is not None:
             return stored, text, chunks
+    raise WriteConflict(f"The document {document_id!r} changes faster than it can be read. Try again.")
 
 
 def _is_browser(request: Request) -> bool:

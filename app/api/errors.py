@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from app.errors import CleaveError, InvalidRequest, NotFound
 from app.telemetry import logger, request_id
@@ -38,6 +39,7 @@ def install_error_handlers(api: FastAPI) -> None:
     api.add_exception_handler(CleaveError, _cleave_error)
     api.add_exception_handler(RequestValidationError, _validation_error)
     api.add_exception_handler(HTTPException, _http_error)
+    api.add_exception_handler(ClientDisconnect, _client_left)
 
 
 def internal_error(error: BaseException) -> CleaveError:
@@ -67,10 +69,18 @@ async def _validation_error(_: Request, error: Exception) -> JSONResponse:
     return error_response(refusal(first, first["loc"][1:]))
 
 
+async def _client_left(_: Request, error: Exception) -> JSONResponse:
+    return error_response(InvalidRequest("The client left before all had come."))
+
+
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, CleaveError):
         return await _cleave_error(request, error.__cause__)  # Raised by the body limit while the body was parsed.
+    if isinstance(error.__cause__, (RecursionError, ValueError)):
+        # What stopped the parser of JSON.
+        message = "The body cannot be read as JSON: send UTF-8, nested less deeply, with shorter numbers."
+        return await _cleave_error(request, InvalidRequest(message))
     if error.status_code == 404:
         message = f"There is no {request.method} {request.url.path}. See /docs for the routes."
         return await _cleave_error(request, NotFound(message))

@@ -35,6 +35,12 @@ FORM = {
 }
 
 
+LINES = "application/jsonl"
+CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The file as it is", "content": {LINES: {"schema": {"type": "string"}}}}
+}
+
+
 def files_router(services: Services) -> APIRouter:
     """Build the routes over the given parts."""
     router = APIRouter(tags=["batches"])
@@ -67,12 +73,12 @@ def files_router(services: Services) -> APIRouter:
         """Describe one file."""
         return file_body(await own_file(services, file_id))
 
-    @router.get("/v1/files/{file_id}/content", response_class=FileResponse)
+    @router.get("/v1/files/{file_id}/content", response_class=FileResponse, responses=CONTENT)
     async def read_file_content(file_id: str) -> FileResponse:
         """Give what a file holds."""
         found = await own_file(services, file_id)
         path = await asyncio.to_thread(files.content, file_id)
-        return FileResponse(path, media_type="application/jsonl", filename=found.name)
+        return FileResponse(path, media_type=LINES, filename=found.name)
 
     @router.delete("/v1/files/{file_id}", responses={200: {"model": DeletedFile}})
     async def delete_file(file_id: str) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.authentication import CALLER
 from app.api.errors import error_response, internal_error
-from app.errors import CrossOrigin, TooLarge, TooSlow
+from app.errors import CompressedBody, CrossOrigin, InvalidRequest, TooLarge, TooSlow
 from app.telemetry import logger, request_id
 
-ACCEPTED_ID = re.compile(r"[\w.:-]{1,128}")
+ACCEPTED_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 OWN_HEADER = b"openai-processing-ms"
 """Every answer of this API has it; what Serve's proxy answers by itself has not."""
 QUIET_PATHS = frozenset({"/livez", "/readyz", "/health"})
@@ -31,7 +31,7 @@ SECURITY_HEADERS = [
 PAGES_WITH_OWN_POLICY = frozenset({"/docs", "/redoc"})
 
 
-UPLOAD = ("POST", "/v1/documents")
+UPLOADS = {("POST", "/v1/documents"), ("POST", "/v1/files")}
 SLOW_BODY_PATIENCE_S = 30.0
 SLOWEST_BODY_BYTES_PER_S = 8192
 """A client that sends less for so long, such as a byte now and then, must not hold what others need."""
@@ -102,7 +102,10 @@ class SameOrigin:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        headers = dict(scope.get("headers", []))
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
         origin = headers.get(b"origin", b"").decode("latin-1")
         own = headers.get(b"host", b"").decode("latin-1")
         if origin and scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin.partition("://")[2] != own:
@@ -139,9 +142,10 @@ class BodyLimit:
 
         declared = headers.get(b"content-length", b"0")
         try:
+            body.check_encoding(headers.get(b"content-encoding", b"identity"))
             if declared.isdigit():
                 body.check_length(int(declared))
-        except TooLarge as error:
+        except InvalidRequest as error:
             await error_response(error)(scope, receive, send_and_close)
             return
         await self._app(scope, body.receive, send_and_close)
@@ -181,6 +185,12 @@ class _LimitedBody:
         self.check_length(self._num_received)
         return message
 
+    def check_encoding(self, encoding: bytes) -> None:
+        """Refuse a compressed body: how long it becomes, its length does not say."""
+        if encoding.strip().lower() != b"identity":
+            self.is_refused = True
+            raise CompressedBody("The body is compressed, and none such is read. Send it without Content-Encoding.")
+
     def check_length(self, num_bytes: int) -> None:
         """Refuse a longer body than is allowed."""
         if num_bytes > self._max_bytes:
@@ -190,4 +200,4 @@ class _LimitedBody:
 
 def _is_upload(scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
     is_form = headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data")
-    return is_form and (scope["method"], scope["path"]) == UPLOAD
+    return is_form and (scope["method"], scope["path"]) in UPLOADS

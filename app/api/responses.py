@@ -11,6 +11,7 @@ from pydantic import Field
 
 from app.api.bodies import ResponseBody
 from app.api.filters import AttributeFilter, to_filters
+from app.api.json_bodies import JSONRoute
 from app.api.models import find_profile
 from app.api.questions import begun, question
 from app.api.response_writer import ResponseWriter
@@ -192,7 +193,7 @@ class ResponsesRequest(Sampled):
 
 def responses_router(services: Services) -> APIRouter:
     """Build the routes over the given parts."""
-    router = APIRouter(tags=["responses"])
+    router = APIRouter(tags=["responses"], route_class=JSONRoute)
 
     @router.post("/v1/responses", response_model=None, responses=ANSWER)
     async def create_response(body: ResponsesRequest, request: Request) -> JSONResponse | StreamingResponse:

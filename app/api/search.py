@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from app.api.answers import source
 from app.api.bodies import Found
+from app.api.json_bodies import JSONRoute
 from app.api.schemas import SearchRequest
 from app.domain import Message, SearchQuery
 from app.errors import InvalidRequest
@@ -16,7 +17,7 @@ from app.services import Services
 
 def search_router(services: Services) -> APIRouter:
     """Build the route over the given parts."""
-    router = APIRouter(tags=["documents"])
+    router = APIRouter(tags=["documents"], route_class=JSONRoute)
     retriever, settings = services.retriever, services.settings
 
     @router.post("/v1/search", responses={200: {"model": Found}})

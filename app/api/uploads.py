@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter, ValidationError
-from starlette.requests import ClientDisconnect
 
 from app.access import caller
 from app.api.bodies import FileReceipt, IngestionBody, Listed
 from app.api.ingestions import ingestion_body
+from app.api.json_bodies import check_num_values
 from app.api.multipart import receive_form
 from app.api.schemas import DocumentBody, DocumentsBody, InCollection
 from app.domain import Document, Scalar
@@ -27,6 +27,9 @@ from app.uploads import Loaded, UploadWriter, documents_of, in_groups, load, res
 
 MAX_DOCUMENTS_PER_REQUEST = 10_000
 """In uploaded files that the client waits for; the rest of a longer one is refused."""
+
+MAX_VALUES = 250_000
+"""A thousand documents with all their metadata have fewer."""
 
 METADATA = TypeAdapter(dict[str, Scalar])
 ACCEPTED: dict[int | str, dict[str, Any]] = {
@@ -101,10 +104,7 @@ def uploads_router(services: Services) -> APIRouter:
 
 @asynccontextmanager
 async def _received(request: Request, ingestions: Ingestions, *, is_form: bool) -> AsyncIterator[UploadWriter]:
-    """Write what is sent to disk as it comes. What nobody takes over goes at the end.
-
-    Raises `InvalidRequest` when the client leaves in the middle.
-    """
+    """Write what is sent to disk as it comes. What nobody takes over goes at the end."""
     declared = request.headers.get("content-length", "")
     upload = ingestions.new_upload()
     try:
@@ -120,8 +120,6 @@ async def _received(request: Request, ingestions: Ingestions, *, is_form: bool) 
             await finish_in_thread(upload.add_documents, _from_json(documents))
         await finish_in_thread(upload.finish, metadata)
         yield upload
-    except ClientDisconnect:
-        raise InvalidRequest("The client left before all had come.") from None
     finally:
         await finish_in_thread(upload.close)
 
@@ -142,10 +140,11 @@ def _from_json(documents: Sequence[DocumentBody]) -> Iterator[Loaded]:
 
 
 def _parse(body: bytes) -> Sequence[DocumentBody]:
+    check_num_values(body, most=MAX_VALUES)
     try:
         return DocumentsBody.model_validate_json(body).documents
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or None
         raise InvalidRequest(f"{f'{where}: ' if where else ''}{first['msg']}.", param=where) from None
 

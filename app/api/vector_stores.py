@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.bodies import Pages, VectorStore, VectorStoreResults
 from app.api.filters import AttributeFilter, to_filters
+from app.api.json_bodies import JSONRoute
 from app.api.schemas import CollectionName, Text
 from app.domain import Passage, SearchQuery, SearchResult
 from app.errors import InvalidRequest, UnsupportedParameter
@@ -52,7 +53,7 @@ class VectorStoreSearchRequest(BaseModel):
 
 def vector_stores_router(services: Services) -> APIRouter:
     """Build the routes over the given parts."""
-    router = APIRouter(tags=["vector stores"])
+    router = APIRouter(tags=["vector stores"], route_class=JSONRoute)
     retriever = services.retriever
 
     @router.get("/v1/vector_stores", responses={200: {"model": Pages[VectorStore]}})

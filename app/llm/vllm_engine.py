@@ -2,11 +2,12 @@
 
 import asyncio
 import importlib.metadata
+import itertools
 import os
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
@@ -14,22 +15,31 @@ from app.control_tokens import control_pattern, control_tokens, defused
 from app.domain import Delta, FinishReason, GenerationRequest, Message, ModelInfo, SamplingParams
 from app.errors import CleaveError, ConfigurationError, InvalidRequest, LLMUnavailable, Overloaded
 from app.json_schema import FORMAT, check_grammar
+from app.llm.background import Priorities
 from app.models import resolve_chat_model
-from app.prompts import pack
+from app.prompts import PackedPrompt, pack
 from app.settings import Device, LLMSettings
 
+T = TypeVar("T")
+FIRST, LAST = 0, 1
+"""Priorities, as vLLM counts them."""
+CPU_STEP_TOKENS = 512
+"""About half a second of two cores with a model that fits them."""
 ANY_OBJECT = '{"type": "object"}'
 
 
 class VLLMEngine:
     """An `LLM` over vLLM. Build it with `start`; it needs a running event loop."""
 
-    def __init__(self, engine: Any, *, model: str, cache_meter: Any, chat_template: str | None) -> None:
+    def __init__(
+        self, engine: Any, *, model: str, cache_meter: Any, priorities: Priorities, chat_template: str | None
+    ) -> None:
         self._engine = engine
         self._tokenizer = engine.get_tokenizer()
         self._model = model
         self._context_window = engine.model_config.max_model_len
         self._cache_meter = cache_meter
+        self._priorities = priorities
         self._chat_template = chat_template
         self._control = control_pattern(control_tokens(self._tokenizer))
 
@@ -65,6 +75,9 @@ class VLLMEngine:
             # vLLM keeps the first backend that it uses, so there is one, and what it cannot follow is refused. Without
             # white space a small model cannot lose itself in it.
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+            "scheduling_policy": "priority",
+            # Of all requests together in one step: nobody makes way in the middle of one.
+            **({"max_num_batched_tokens": CPU_STEP_TOKENS} if is_cpu_build else {}),
             **settings.engine_options,
         }
         try:
@@ -72,7 +85,9 @@ class VLLMEngine:
         except (TypeError, ValueError, OSError, RuntimeError) as error:
             raise ConfigurationError(f"llm: vLLM cannot start {model}: {_first_line(error)}") from error
         template = settings.chat_template.read_text(encoding="utf-8") if settings.chat_template else None
-        started = cls(engine, model=model, cache_meter=cache_meter, chat_template=template)
+        # Half of the seats, so that the foreground finds one. A GPU has room for both side by side.
+        priorities = Priorities(max_background=max(1, settings.max_num_seqs // 2), is_exclusive=is_cpu_build)
+        started = cls(engine, model=model, cache_meter=cache_meter, priorities=priorities, chat_template=template)
         await started._warm_up()
         return started
 
@@ -81,13 +96,10 @@ class VLLMEngine:
         if request.sampling.json and request.sampling.json.schema:
             await asyncio.to_thread(check_grammar, request.sampling.json.schema)
         prompt = await asyncio.to_thread(pack, request, self._render, self._context_window)
-        tokens = {"prompt_token_ids": prompt.token_ids}
         num_generated = 0
         with _translated_errors(request.sampling):
-            outputs = self._engine.generate(tokens, _sampling(request.sampling, prompt.max_tokens), request.request_id)
-            try:
-                async for output in outputs:
-                    completion = output.outputs[0]
+            async with aclosing(self._completions(request, prompt)) as completions:
+                async for completion in completions:
                     if completion.finish_reason == "error" and request.sampling.json and not num_generated:
                         raise InvalidRequest("The model cannot follow this schema. Make it simpler.", param=FORMAT)
                     if completion.finish_reason in ("abort", "error"):
@@ -101,9 +113,52 @@ class VLLMEngine:
                         num_dropped_messages=prompt.num_dropped_messages,
                         finish_reason=_finish_reason(completion.finish_reason),
                     )
-            finally:
-                # Closing is what makes vLLM abort the request when the reader has left.
-                await outputs.aclose()
+
+    async def _completions(self, request: GenerationRequest, prompt: PackedPrompt) -> AsyncGenerator[Any, None]:
+        """Have it generated; in the background in pieces, where it has to make way in between."""
+        sampling = _sampling(request.sampling, prompt.max_tokens)
+        if not request.is_background:
+            with self._priorities.foreground():
+                async with aclosing(self._pieces(prompt.token_ids, sampling, request.request_id)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+            return
+        token_ids = list(prompt.token_ids)
+        for attempt in itertools.count():
+            async with self._priorities.background() as make_way:
+                event = make_way if _can_resume(request.sampling) else None
+                pieces = self._pieces(
+                    token_ids, sampling, f"{request.request_id}-{attempt}", priority=LAST, make_way=event
+                )
+                async with aclosing(pieces):
+                    async for piece in pieces:
+                        token_ids += piece.token_ids
+                        sampling.max_tokens -= len(piece.token_ids)
+                        yield piece
+                        if piece.finish_reason is not None:
+                            return
+
+    async def _pieces(
+        self,
+        token_ids: list[int],
+        sampling: Any,
+        request_id: str,
+        *,
+        priority: int = FIRST,
+        make_way: asyncio.Event | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Stream what the engine generates, to the end or until it has to make way. Closing it frees the engine."""
+        outputs = self._engine.generate({"prompt_token_ids": token_ids}, sampling, request_id, priority=priority)
+        try:
+            if make_way is None:
+                async for output in outputs:
+                    yield output.outputs[0]
+                return
+            while (output := await _unless(make_way, anext(outputs, None))) is not None:
+                yield output.outputs[0]
+        finally:
+            # Closing is what makes vLLM abort the request when the reader has left.
+            await outputs.aclose()
 
     async def info(self) -> ModelInfo:
         """Say what is served; see `app.llm.LLM.info`."""
@@ -148,6 +203,27 @@ class VLLMEngine:
                 "Set llm.chat_template to a Jinja file that renders `messages`."
             ) from error
         return token_ids
+
+
+def _can_resume(sampling: SamplingParams) -> bool:
+    """Tell whether a completion can go on from its own beginning as if nothing had been in between.
+
+    To the engine that beginning is a part of the prompt, of which penalties, stops and grammars know nothing.
+    """
+    is_plain = not (sampling.frequency_penalty or sampling.presence_penalty or sampling.stop or sampling.json)
+    return is_plain and (sampling.temperature == 0 or sampling.seed is None)
+
+
+async def _unless(event: asyncio.Event, work: Awaitable[T]) -> T | None:
+    """Wait for it, but not beyond the event: then it is cancelled."""
+    working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for one in (working, waiting):
+            one.cancel()
+        await asyncio.gather(working, waiting, return_exceptions=True)
 
 
 def _cache_meter() -> Any:

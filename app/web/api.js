@@ -1,7 +1,6 @@
 /** The routes of the server that the page uses. */
 
 import { request, requestJson, RequestError, sendForm, serverEvents } from "./http.js";
-import { hasKey } from "./key.js";
 
 const MODEL = "cleave";
 const DOCUMENTS_PER_PAGE = 50;
@@ -39,9 +38,9 @@ export function deleteDocument(id) {
   return requestJson(`/v1/documents/${encodeURIComponent(id)}`, { method: "DELETE" });
 }
 
-/** The address of a document's page in this service, at a chunk; null where a link could not bring the key along. */
-export function documentPath(id, chunk = "") {
-  return hasKey() ? null : `/v1/documents/${encodeURIComponent(id)}${chunk && `#${chunk}`}`;
+/** A document with its text, and where in that its chunks are. */
+export function fetchDocument(id, signal) {
+  return requestJson(`/v1/documents/${encodeURIComponent(id)}`, { signal });
 }
 
 /** The metadata fields of the documents, with their values and how many documents have each. */

@@ -16,7 +16,7 @@ export function ask(question) {
   byId("conversation").append(turn.node);
   showPage();
   start(turn);
-  scrollTo(0, document.documentElement.scrollHeight);
+  turn.node.scrollIntoView();
   return true;
 }
 
@@ -44,7 +44,7 @@ function retry(turn) {
 
 async function start(turn) {
   setRunning(turn);
-  leaveField();
+  prepareField();
   await turn.run();
   if (running === turn) setRunning(null); // Else a new conversation has taken over.
 }
@@ -66,7 +66,7 @@ function showPage() {
 }
 
 /** Ready for the next question; but on a touch screen the focus would hold the keyboard up, over the answer. */
-function leaveField() {
+function prepareField() {
   if (matchMedia("(pointer: coarse)").matches) byId("question").blur();
   else byId("question").focus();
 }

@@ -1,8 +1,9 @@
 /** The dialog with the list of documents: what is there, page by page, and deleting it. */
 
-import { deleteDocument, documentPath, fetchDocuments } from "./api.js";
-import { announce, button, byId, closeByClickBeside, el, errorBox, linkedTitle } from "./dom.js";
-import { byline, number, plural } from "./words.js";
+import { deleteDocument, fetchDocuments } from "./api.js";
+import { announce, button, byId, closeByClickBeside, el, errorBox, smallPrint } from "./dom.js";
+import { titleButton } from "./reader.js";
+import { byline, number, plural, titleOf } from "./words.js";
 
 const list = { total: 0, lastId: null };
 
@@ -30,17 +31,20 @@ export function setTotal(total) {
 export async function loadDocuments({ more = false } = {}) {
   const notice = byId("documents-notice");
   const rows = byId("document-list");
+  const next = byId("more-documents");
+  next.disabled = true; // A second click would add the same page again.
   try {
     const page = await fetchDocuments({ after: more ? list.lastId : null });
     notice.replaceChildren();
     if (!more) rows.replaceChildren();
     rows.append(...page.data.map(documentRow));
     list.lastId = page.data.at(-1)?.id ?? list.lastId;
-    byId("more-documents").hidden = !page.has_more;
+    next.hidden = !page.has_more;
     setTotal(page.total);
   } catch (error) {
     notice.replaceChildren(errorBox(error, () => loadDocuments({ more })));
   }
+  next.disabled = false;
 }
 
 function documentRow(item) {
@@ -48,15 +52,15 @@ function documentRow(item) {
   const size = `${plural(item.num_characters, "character")} · ${plural(item.num_chunks, "chunk")}`;
   const row = el("li", { class: "document-row", "data-id": item.id },
     el("div", {},
-      el("p", { class: "title", dir: "auto" }, linkedTitle(item, documentPath(item.id))),
-      el("p", { class: "small" }, [byline(item.metadata), size, `added ${added}`].filter(Boolean).join(" · "))),
+      el("p", { class: "title", dir: "auto" }, titleButton(item)),
+      smallPrint(item, byline(item.metadata), size, `added ${added}`)),
     el("div", { class: "actions" }));
   offerDelete(row, item);
   return row;
 }
 
 function offerDelete(row, item) {
-  const attributes = { class: "quiet delete", "aria-label": `Delete ${item.title}` };
+  const attributes = { class: "quiet delete", "aria-label": `Delete ${titleOf(item)}` };
   row.querySelector(".actions").replaceChildren(
     button("Delete", { ...attributes, onclick: () => confirmDelete(row, item) }));
 }
@@ -69,7 +73,7 @@ function confirmDelete(row, item) {
   };
   row.querySelector(".actions").replaceChildren(
     button("Delete for good", {
-      class: "danger confirm-delete", "aria-label": `Delete for good: ${item.title}`, onclick: () => remove(row, item),
+      class: "danger confirm-delete", "aria-label": `Delete for good: ${titleOf(item)}`, onclick: () => remove(row, item),
     }),
     button("Keep", { class: "quiet keep", onclick: keep }));
   row.querySelector(".keep").focus();
@@ -87,6 +91,6 @@ async function remove(row, item) {
   const neighbour = row.nextElementSibling ?? row.previousElementSibling;
   row.remove();
   setTotal(list.total - 1);
-  announce(`Deleted ${item.title}.`);
+  announce(`Deleted ${titleOf(item)}.`);
   (neighbour?.querySelector("button") ?? byId("file-input")).focus();
 }

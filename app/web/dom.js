@@ -27,19 +27,16 @@ export function button(label, attributes) {
   return el("button", { type: "button", ...attributes }, label);
 }
 
-/** A link to a web address, else null. A path counts: it resolves to this server. */
+/** A link to a whole web address, else null: a path in a foreign text does not mean one on this server. */
 export function link(address, ...label) {
-  if (!URL.canParse(address, location.origin)) return null;
-  const url = new URL(address, location.origin);
-  if (!["http:", "https:"].includes(url.protocol)) return null;
-  return el("a", { href: url.href, target: "_blank", rel: "noopener noreferrer" }, ...label);
+  if (!/^https?:\/\//i.test(address) || !URL.canParse(address)) return null;
+  return el("a", { href: new URL(address).href, target: "_blank", rel: "noopener noreferrer" }, ...label);
 }
 
-/** A document's title, linked to its own web address, else to `path`, its page in this service, if that is given. */
-export function linkedTitle({ title, url }, path) {
-  const label = title || "Untitled";
-  // Not everything that is stored as an address is one: a bare file name would be a path on this server.
-  return (/^https?:\/\//i.test(url ?? "") && link(url, label)) || (path && link(path, label)) || label;
+/** Facts about a document in one line, as far as they are there; last its own web address, shown by the host. */
+export function smallPrint({ url }, ...facts) {
+  const parts = present([...facts, URL.canParse(url ?? "") && link(url, new URL(url).host)]);
+  return el("p", { class: "small", dir: "auto" }, ...parts.flatMap((part, i) => (i ? [" · ", part] : [part])));
 }
 
 /** What went wrong, for the reader, with a way to try again if there is one. */

@@ -21,15 +21,19 @@ export function listenForFilters() {
   closeByClickBeside(byId("filters-dialog"));
 }
 
-async function openFilters() {
+function openFilters() {
   byId("filters-dialog").showModal();
+  loadFacets();
+}
+
+async function loadFacets() {
   const list = byId("facets");
   try {
     const facets = await fetchFacets();
     const nodes = facets.sort(byUsefulness).map(facetGroup);
     list.replaceChildren(...nodes.length ? nodes : [el("p", { class: "small" }, "The documents have no metadata.")]);
   } catch (error) {
-    list.replaceChildren(errorBox(error, openFilters));
+    list.replaceChildren(errorBox(error, loadFacets));
   }
 }
 

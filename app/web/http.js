@@ -31,7 +31,10 @@ export async function sendForm(path, form, { onSent, signal }) {
     sending.addEventListener("load", () => resolve(responseOf(sending)));
     sending.addEventListener("error", () => reject(new RequestError("The connection to the server was lost.")));
     sending.addEventListener("abort", () => reject(signal.reason));
-    signal.addEventListener("abort", () => sending.abort(), { once: true });
+    // Once all is sent, the server works on it, and only its answer says how to end that.
+    const abort = () => sending.abort();
+    signal.addEventListener("abort", abort, { once: true });
+    sending.upload.addEventListener("load", () => signal.removeEventListener("abort", abort));
     sending.send(form);
   });
   return (await accepted(send)).json();

@@ -5,13 +5,10 @@ import { byId } from "./dom.js";
 const STORED_AS = "cleave-key";
 let question = null;
 
-export function hasKey() {
-  return sessionStorage.getItem(STORED_AS) !== null;
-}
-
 /** The headers that send the key, if there is one. */
 export function keyHeaders() {
-  return hasKey() ? { authorization: `Bearer ${sessionStorage.getItem(STORED_AS)}` } : {};
+  const key = sessionStorage.getItem(STORED_AS);
+  return key === null ? {} : { authorization: `Bearer ${key}` };
 }
 
 /** Ask for a key, with the server's words why; false if none is given. Requests that fail together ask once. */

@@ -5,6 +5,7 @@ import { ask, startOver, stop } from "./conversation.js";
 import { listenForDocuments, setTotal } from "./documents.js";
 import { button, byId, el } from "./dom.js";
 import { listenForFilters } from "./filters.js";
+import { listenForReader } from "./reader.js";
 import { listenForFiles } from "./uploads.js";
 
 /** Questions that the sample documents answer; the last one names its author. Without her documents none is offered. */
@@ -60,4 +61,5 @@ document.addEventListener("keydown", (event) => {
 listenForFilters();
 listenForDocuments();
 listenForFiles();
+listenForReader();
 showService();

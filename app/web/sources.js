@@ -1,10 +1,10 @@
 /** The sources of an answer: markers in its text, cards with the passages, and the cited sentences marked in them. */
 
-import { documentPath } from "./api.js";
-import { button, el, linkedTitle, present } from "./dom.js";
+import { button, el, present, smallPrint } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
+import { titleButton } from "./reader.js";
 import { findSupport, mark, statementBefore } from "./support.js";
-import { byline, plural } from "./words.js";
+import { byline, plural, titleOf } from "./words.js";
 
 const isCalm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
@@ -22,8 +22,8 @@ export class Sources {
   /** Show what was found; what of it is cited is known at the end. */
   show(sources) {
     if (this.cards.size || !sources?.length) return;
-    this.sources = sources;
-    for (const source of sources) this.cards.set(source.n, this.card(source));
+    this.sources = sources.map((source) => ({ ...source, id: source.document_id }));
+    for (const source of this.sources) this.cards.set(source.n, this.card(source));
     this.arrange(new Set(), `Retrieved (${sources.length})`);
   }
 
@@ -45,7 +45,7 @@ export class Sources {
   marker(n) {
     const source = this.sources.find((candidate) => candidate.n === n);
     if (!source) return null;
-    const label = `Source ${n}: ${source.title || "Untitled"}`;
+    const label = `Source ${n}: ${titleOf(source)}`;
     const attributes = { class: "marker", href: `#${this.cardId(n)}`, "data-n": n, title: label, "aria-label": label };
     return el("a", attributes, String(n));
   }
@@ -65,8 +65,8 @@ export class Sources {
     const card = el("li", { class: "source-card", id: this.cardId(source.n), "data-n": source.n, tabindex: "-1" },
       el("span", { class: "number", "aria-hidden": "true" }, String(source.n)),
       el("div", { class: "source" },
-        el("p", { class: "title", dir: "auto" }, linkedTitle(source, pathOf(source))),
-        el("p", { class: "small", dir: "auto" }, byline(source.metadata)),
+        el("p", { class: "title", dir: "auto" }, titleButton(source, source)),
+        smallPrint(source, byline(source.metadata)),
         passage,
         toggle,
         others && el("p", { class: "small" }, others)));
@@ -160,10 +160,6 @@ export class Sources {
     this.light(marker);
     card.scrollIntoView({ block: "nearest", behavior: isCalm() ? "auto" : "smooth" });
   }
-}
-
-function pathOf({ document_id: id, chunk_id: chunk }) {
-  return documentPath(id, chunk.slice(chunk.lastIndexOf("#") + 1));
 }
 
 /** Show of a passage the blocks with cited sentences, or the first paragraph; the rest at a click. */

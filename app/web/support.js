@@ -18,11 +18,16 @@ export function statementBefore(marker) {
   const range = document.createRange();
   range.setStart(marker.closest(BLOCKS) ?? marker.parentNode, 0);
   range.setEndBefore(marker);
-  const before = range.cloneContents();
-  before.querySelectorAll(".marker").forEach((other) => other.remove());
-  const text = before.textContent.trim();
+  const text = textWithoutMarkers(range.cloneContents()).trim();
   const quoted = /“([^“”]+)”[\s.]*$/.exec(text);
   return quoted ? quoted[1] : sentencesOf(text).at(-1)?.text ?? "";
+}
+
+/** What a part of an answer says: a marker's number behind another one would be read as one number. */
+export function textWithoutMarkers(part) {
+  const copy = part.cloneNode(true);
+  copy.querySelectorAll(".marker").forEach((marker) => marker.remove());
+  return copy.textContent;
 }
 
 /** Where in a passage the sentence stands that is nearest to a statement: `{ block, start, end }`, or null. */

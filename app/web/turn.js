@@ -2,13 +2,15 @@
 
 import { absorb, citedNumbers, emptyAnswer, shownText } from "./answer.js";
 import { completionChunks } from "./api.js";
-import { announce, button, el, errorBox, patch, present } from "./dom.js";
+import { announce, button, byId, el, errorBox, patch, present } from "./dom.js";
 import { RequestError } from "./http.js";
 import { renderMarkdown } from "./markdown.js";
 import { Sources } from "./sources.js";
 import { finishedStatus, interruptedStatus, runningStatus, summaryText } from "./status.js";
+import { textWithoutMarkers } from "./support.js";
 import { describeFilters, plural } from "./words.js";
 
+const SPACE_BELOW = 16;
 let numTurns = 0;
 
 /** `history` gives the messages before this one, `filters` are those that the reader chose for it. */
@@ -94,8 +96,15 @@ export class Turn {
   scheduleDraw() {
     this.frame ??= requestAnimationFrame(() => {
       this.frame = null;
-      keepingEndInView(() => this.drawProgress());
+      this.keepingEndInView(() => this.drawProgress());
     });
+  }
+
+  /** Follow the answer as it grows, but only for a reader who sees its end; and never on to the sources below it. */
+  keepingEndInView(change) {
+    const wasInView = hiddenHeight(this.view.answer) < 4 * SPACE_BELOW;
+    change();
+    if (wasInView) scrollBy(0, Math.max(0, hiddenHeight(this.view.answer)));
   }
 
   drawProgress() {
@@ -123,24 +132,24 @@ export class Turn {
 
   finish() {
     this.isAnswered = true;
-    keepingEndInView(() => {
+    this.keepingEndInView(() => {
       this.drawFinal();
       this.view.status.replaceChildren(...finishedStatus(this.answer, this.question));
       this.offerRetry("Ask again");
     });
-    announce(`${this.view.body.textContent} ${summaryText(this.answer)}`);
+    announce(`${textWithoutMarkers(this.view.body)} ${summaryText(this.answer)}`);
   }
 
   /** What was written until the stop stays, also for the questions that follow. */
   stopped() {
     this.isAnswered = this.answer.text !== "";
     const text = this.isAnswered ? "Stopped. What is here was not checked." : "Stopped before an answer came.";
-    keepingEndInView(() => this.interrupt(text));
+    this.keepingEndInView(() => this.interrupt(text));
   }
 
   failed(error) {
     if (!(error instanceof RequestError)) console.error(error);
-    keepingEndInView(() => {
+    this.keepingEndInView(() => {
       this.interrupt(this.answer.text ? "The answer is incomplete and was not checked." : "Not answered");
       this.view.actions.replaceChildren(errorBox(error, () => this.onRetry(this)));
     });
@@ -179,10 +188,8 @@ export class Turn {
   }
 }
 
-/** Follow what is appended, but only for a reader who is at the end already. */
-function keepingEndInView(change) {
-  const page = document.documentElement;
-  const isAtEnd = page.scrollHeight - innerHeight - scrollY < 60;
-  change();
-  if (isAtEnd) scrollTo(0, page.scrollHeight);
+/** How far the end of an answer stands below what can be seen of the page, in pixels. */
+function hiddenHeight(answer) {
+  const edge = Math.min(byId("composer").getBoundingClientRect().top, innerHeight);
+  return answer.getBoundingClientRect().bottom + SPACE_BELOW - edge;
 }

@@ -53,7 +53,7 @@ class UploadLine {
     this.bar = el("progress", { "aria-label": `Progress of ${file.name}`, max: "1", value: "0" });
     this.text = el("span", { class: "small outcome" }, "waiting");
     this.stop = button("Cancel", {
-      class: "quiet cancel", "aria-label": `Cancel ${file.name}`, onclick: () => this.stopping.abort(),
+      class: "quiet cancel", "aria-label": `Cancel ${file.name}`, onclick: () => this.cancel(),
     });
     this.node = el("li", { class: "upload" },
       el("span", { class: "file", dir: "auto" }, file.name),
@@ -61,6 +61,12 @@ class UploadLine {
       this.stop,
       this.bar,
       this.text);
+  }
+
+  cancel() {
+    this.showText("cancelling");
+    this.stopping.abort();
+    byId("file-input").focus(); // The button is about to go, and the focus with it.
   }
 
   /** Send it, show what became of it, and tell whether any document is new or changed. */
@@ -84,7 +90,8 @@ class UploadLine {
       const options = { signal: this.stopping.signal, onSent: (share) => this.showSent(share) };
       return await this.follow(await uploadFile(this.file, options));
     } catch (error) {
-      return { ok: false, text: error.name === "AbortError" ? "cancelled" : `failed: ${error.message}` };
+      return error.name === "AbortError" ? { ok: true, text: "cancelled" }
+        : { ok: false, text: `failed: ${error.message}` };
     }
   }
 
@@ -99,7 +106,7 @@ class UploadLine {
       if (event === "progress") this.showIngested(content);
       if (event === "end" && content.status !== "completed") {
         const text = content.error ? `${content.status}: ${content.error}` : content.status;
-        return { ok: false, text, hasChanged: results.length > 0 };
+        return { ok: content.status === "cancelled", text, hasChanged: results.length > 0 };
       }
     }
     return { ...describeReceipts(results), hasChanged: results.some(({ status }) => IS_NEW.has(status)) };

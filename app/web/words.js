@@ -24,6 +24,11 @@ export function spoken(name) {
   return name.replaceAll("_", " ");
 }
 
+/** What a document is called. */
+export function titleOf({ title, id }) {
+  return title || id;
+}
+
 /** "author · platform · date", as far as they are known. */
 export function byline(metadata = {}) {
   return [metadata.author, metadata.platform, metadata.date && writtenDate(metadata.date)].filter(Boolean).join(" · ");
@@ -38,5 +43,5 @@ function writtenDate(value) {
 
 /** Filters as one text: "author Noor Hallivant or Marit Oldershaw and year 2024". */
 export function describeFilters(filters = {}) {
-  return Object.entries(filters).map(([field, values]) => `${field} ${[values].flat().join(" or ")}`).join(" and ");
+  return Object.entries(filters).map(([field, values]) => `${spoken(field)} ${[values].flat().join(" or ")}`).join(" and ");
 }
