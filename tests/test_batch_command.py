@@ -23,7 +23,7 @@ from tests.waiting import wait_until
 
 PROGRAM = str(Path(sys.executable).with_name("cleave"))
 QUESTIONS = [json.loads(line)["question"] for line in (ROOT / "examples" / "questions.jsonl").read_text().splitlines()]
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 
 
 def write(path: Path, lines: Sequence[Any]) -> Path:
