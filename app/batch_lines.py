@@ -2,8 +2,9 @@
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 ENDPOINT = "/v1/chat/completions"
@@ -22,11 +23,34 @@ class LineRefused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a file of requests: its number, from 1, and where it begins."""
+
+    number: int
+    offset: int
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class BatchRequest:
     """One request of a batch; `body` is that of a chat completion."""
 
     custom_id: str
     body: Mapping[str, Any]
+
+
+def read_lines(path: Path, offset: int = 0, number: int = 1) -> Iterator[Line]:
+    """Read lines that are not blank; of one that is too long, only as much as shows that."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        while content := file.readline(MAX_LINE_BYTES + 2):
+            begin = offset
+            offset += len(content)
+            if content.strip() or len(content) > MAX_LINE_BYTES:
+                yield Line(number, begin, content)
+            while not content.endswith(b"\n") and (content := file.readline(MAX_LINE_BYTES)):
+                offset += len(content)
+            number += 1
 
 
 def parse_request(line: bytes) -> BatchRequest:
@@ -68,6 +92,11 @@ def unanswered(custom_id: str | None, code: str, message: str) -> dict[str, Any]
     """Show why a request was not even asked."""
     error = {"code": code, "message": message}
     return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": None, "error": error}
+
+
+def is_success(result: Mapping[str, Any]) -> bool:
+    """Tell whether a result is an answer, and no error."""
+    return result["response"] is not None and result["response"]["status_code"] == 200
 
 
 def _checked_id(custom_id: Any) -> str:

@@ -1,6 +1,7 @@
 """Answers the requests of batches: a part at a time, by the same code and with the same rights as online."""
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -16,16 +17,17 @@ from app.api.errors import error_body, internal_error, refusal
 from app.api.guards import guarded
 from app.api.json_bodies import MAX_VALUES, check_num_values
 from app.api.schemas import ChatCompletionRequest
-from app.batch_lines import BatchRequest, parse_request, result
+from app.batch_lines import BatchRequest, Line, parse_request, result
 from app.batch_queue import LocalQueue
-from app.batches import Batch, Line, Part
+from app.batches import Batch, Part
 from app.domain import Delta, GenerationRequest, ModelInfo
 from app.durable import finish_in_thread
 from app.errors import CleaveError, DeadlineExceeded, LLMUnavailable, RateLimited, Unavailable, UnsupportedParameter
 from app.keys import KeyFile
 from app.llm import LLM
 from app.rates import Rates
-from app.services import Services
+from app.services import Answering, Services
+from app.settings import Settings
 from app.telemetry import logger, request_id
 from app.webhooks import Webhooks
 
@@ -187,40 +189,55 @@ class BatchWorker:
         await finish_in_thread(part.finish)
 
     async def _result(self, batch: Batch, line: Line) -> Mapping[str, Any]:
-        """Ask until there is an answer: what passes by itself is waited for."""
-        request_id.set(str(uuid.uuid4()))
         request = await asyncio.to_thread(parse_request, line.content)
-        try:
+
+        async def ask() -> dict[str, Any]:
             check_num_values(line.content, most=MAX_VALUES)
-        except CleaveError as error:
-            return _refused(request, error)
-        retry_s, num_late = MIN_RETRY_S, 0
-        while True:
-            try:
-                body = await self._body(batch, request)
-                return result(request.custom_id, status=200, body=body, request_id=request_id.get())
-            except (Unavailable, RateLimited, DeadlineExceeded) as error:
-                num_late += isinstance(error, DeadlineExceeded)
-                if num_late == MAX_LATE_ANSWERS:
-                    return _refused(request, error)
-                logger.warning("a request of a batch waits", extra={"batch_id": batch.id, "why": error.message})
-                await asyncio.sleep(min(max(error.retry_after_s or 0, retry_s), MAX_RETRY_S))
-                retry_s *= 2
-            except CleaveError as error:
-                return _refused(request, error)
-            except Exception as error:
-                return _refused(request, internal_error(error))
+            return await self._body(batch, request)
+
+        return await persistently(request, ask)
 
     async def _body(self, batch: Batch, request: BatchRequest) -> dict[str, Any]:
         key = await self._keys.by_id(batch.key_id) if batch.key_id else None
         caller.set(Caller(key, self._settings.store.collection))
         if key is not None:
             await self._rates.admit(key)
-        body = await complete(self._answering, read_body(request), base_url=batch.base_url)
-        if missed := [one for one in body["rag"]["degraded"] if one.startswith("llm_")]:
-            # The client online would have had to make do with quotes.
-            raise LLMUnavailable(f"The language model was lost in the middle of an answer ({missed[0]}).")
-        return body
+        return await answer(self._answering, request, base_url=batch.base_url)
+
+
+async def answer(services: Answering, request: BatchRequest, *, base_url: str) -> dict[str, Any]:
+    """Answer a request as online; what a client there would have had to make do with is `Unavailable` here."""
+    body = await complete(services, read_body(request), base_url=base_url)
+    if missed := [one for one in body["rag"]["degraded"] if one.startswith("llm_")]:
+        raise LLMUnavailable(f"The language model was lost in the middle of an answer ({missed[0]}).")
+    return body
+
+
+async def persistently(
+    request: BatchRequest, ask: Callable[[], Awaitable[dict[str, Any]]], *, patience_s: float = math.inf
+) -> Mapping[str, Any]:
+    """Ask until there is an answer or an error that stays: what passes by itself is waited for.
+
+    Raises `Unavailable` when it has not passed after `patience_s`.
+    """
+    request_id.set(str(uuid.uuid4()))
+    began, retry_s, num_late = time.monotonic(), MIN_RETRY_S, 0
+    while True:
+        try:
+            return result(request.custom_id, status=200, body=await ask(), request_id=request_id.get())
+        except (Unavailable, RateLimited, DeadlineExceeded) as error:
+            num_late += isinstance(error, DeadlineExceeded)
+            if num_late == MAX_LATE_ANSWERS:
+                return _refused(request, error)
+            if isinstance(error, Unavailable) and time.monotonic() - began > patience_s:
+                raise
+            logger.warning("a request of a batch waits", extra={"why": error.message})
+            await asyncio.sleep(min(max(error.retry_after_s or 0, retry_s), MAX_RETRY_S))
+            retry_s *= 2
+        except CleaveError as error:
+            return _refused(request, error)
+        except Exception as error:
+            return _refused(request, internal_error(error))
 
 
 def read_body(request: BatchRequest) -> ChatCompletionRequest:
@@ -237,8 +254,15 @@ def read_body(request: BatchRequest) -> ChatCompletionRequest:
 
 
 def patient(services: Services) -> Services:
-    """Answer as the service does, with more time, and wait for the language model in place of quoting."""
-    settings = services.settings
+    """Answer as the service does, behind those that somebody waits for, by `patient_settings`."""
+    settings = patient_settings(services.settings)
+    llm = BackgroundLLM(services.llm)
+    chat = services.chat.over(services.retriever, llm, settings=settings.answer)
+    return replace(services, settings=settings, llm=llm, chat=chat)
+
+
+def patient_settings(settings: Settings) -> Settings:
+    """Have answers take more time, and wait for the language model in place of quoting."""
     answer = settings.answer.model_copy(
         update={
             "timeout_s": settings.batch.timeout_s,
@@ -246,13 +270,7 @@ def patient(services: Services) -> Services:
             "without_llm": "error",
         }
     )
-    llm = BackgroundLLM(services.llm)
-    return replace(
-        services,
-        settings=settings.model_copy(update={"answer": answer}),
-        llm=llm,
-        chat=services.chat.over(services.retriever, llm, settings=answer),
-    )
+    return settings.model_copy(update={"answer": answer})
 
 
 def _refused(request: BatchRequest, error: CleaveError) -> Mapping[str, Any]:

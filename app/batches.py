@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from app.batch_lines import MAX_LINE_BYTES, LineRefused, parse_request, unanswered
+from app.batch_lines import Line, LineRefused, is_success, parse_request, read_lines, unanswered
 from app.durable import Hold, write_whole
 from app.errors import BatchNotFound, CleaveError
 from app.files import FileStore
@@ -99,15 +99,6 @@ class Batch:
 
 
 FIELDS = frozenset(field.name for field in fields(Batch))
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A line of the input file: its number, from 1, and where it begins."""
-
-    number: int
-    offset: int
-    content: bytes
 
 
 class Part:
@@ -356,7 +347,7 @@ class BatchStore:
         layout = _layout(self._path(batch.id))
         content = self._files.content(batch.input_file_id)
         for offset, number in layout["starts"]:
-            yield itertools.islice(_lines(content, offset, number), layout["size"])
+            yield itertools.islice(read_lines(content, offset, number), layout["size"])
 
     def _shown(self, folder: Path, batch: Batch) -> Batch:
         """Add up what is answered so far, and tell of a wish to end it."""
@@ -377,11 +368,6 @@ class BatchStore:
         return sorted(path.name for path in self._folder.glob("batch_*/"))
 
 
-def is_success(result: Mapping[str, Any]) -> bool:
-    """Tell whether a result belongs into the output file, and not among the errors."""
-    return result["response"] is not None and result["response"]["status_code"] == 200
-
-
 def no_batch(batch_id: str) -> BatchNotFound:
     """Say that there is none by this id, or none that may be seen."""
     return BatchNotFound(f"There is no batch {batch_id!r} here.", param="batch_id")
@@ -392,7 +378,7 @@ def _inspect(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
     errors: list[dict[str, Any]] = []
     starts: list[tuple[int, int]] = []
     seen: set[int] = set()  # Hashes in place of a million texts.
-    for line in _lines(path, 0, 1):
+    for line in read_lines(path):
         try:
             custom_id = parse_request(line.content).custom_id
             if hash(custom_id) in seen:
@@ -411,20 +397,6 @@ def _inspect(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
 
 def _error(code: str, message: str, param: str | None = None, line: int | None = None) -> dict[str, Any]:
     return {"code": code, "message": message, "param": param, "line": line}
-
-
-def _lines(path: Path, offset: int, number: int) -> Iterator[Line]:
-    """Read lines that are not blank; of one that is too long, only as much as shows that."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        while content := file.readline(MAX_LINE_BYTES + 2):
-            begin = offset
-            offset += len(content)
-            if content.strip() or len(content) > MAX_LINE_BYTES:
-                yield Line(number, begin, content)
-            while not content.endswith(b"\n") and (content := file.readline(MAX_LINE_BYTES)):
-                offset += len(content)
-            number += 1
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:

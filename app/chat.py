@@ -30,7 +30,7 @@ from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
 from app.planning import Plan, RewritingFailed, plan_query, rewrite_question
 from app.prompts import CITING_INSTRUCTIONS, JSON_INSTRUCTIONS, PLAIN_INSTRUCTIONS
-from app.retrieval import Retriever
+from app.retrieval import Searcher
 from app.self_query import describe
 from app.settings import AnswerSettings, PlanningSettings
 from app.telemetry import Stopwatch, logger
@@ -108,28 +108,28 @@ AnswerEvent: TypeAlias = AnswerStart | AnswerText | AnswerEnd
 
 
 class ChatService:
-    """Answers questions from the documents of a retriever with the words of an LLM."""
+    """Answers questions from the passages of a searcher with the words of an LLM."""
 
     def __init__(
         self,
-        retriever: Retriever,
+        searcher: Searcher,
         llm: LLM,
         *,
         grounding: Grounding,
         settings: AnswerSettings,
         planning: PlanningSettings | None = None,
     ) -> None:
-        self._retriever = retriever
+        self._searcher = searcher
         self._llm = llm
         self._fallback = ExtractiveEngine()
         self._grounding = grounding
         self._settings = settings
         self._planning = planning or PlanningSettings()
 
-    def over(self, retriever: Retriever, llm: LLM, *, settings: AnswerSettings | None = None) -> "ChatService":
+    def over(self, searcher: Searcher, llm: LLM, *, settings: AnswerSettings | None = None) -> "ChatService":
         """Make the same service over other parts."""
         settings = settings or self._settings
-        return ChatService(retriever, llm, grounding=self._grounding, settings=settings, planning=self._planning)
+        return ChatService(searcher, llm, grounding=self._grounding, settings=settings, planning=self._planning)
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Yield an `AnswerStart`, the text in pieces, and an `AnswerEnd`.
@@ -185,7 +185,7 @@ class ChatService:
             collection=run.request.collection,
         )
         with run.watch.stage("retrieve"):
-            found = await run.within(timeout_s, self._retriever.search(query), "retrieval")
+            found = await run.within(timeout_s, self._searcher.search(query), "retrieval")
         for reason in found.degraded:
             run.degrade(reason)
         run.watch.timings_ms |= {f"retrieve.{stage}": duration for stage, duration in found.timings_ms.items()}

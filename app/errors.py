@@ -34,6 +34,7 @@ CleaveError
  +- StorageFull               507  the disk has no room for an upload
  +- DeadlineExceeded          504
  +- ConfigurationError        500  the service does not start; the message says what to change
+     +- StoreInUse            500
 
 Adapters translate foreign errors into these at their border; the API turns them into OpenAI error objects in
 one handler. They pickle, so they cross processes unchanged.
@@ -270,3 +271,7 @@ class ConfigurationError(CleaveError):
     """The service cannot start like this."""
 
     code = "configuration_error"
+
+
+class StoreInUse(ConfigurationError):
+    """Documents that another process has open, and that only one may."""

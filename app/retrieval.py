@@ -48,6 +48,14 @@ MAX_METADATA_AGE_S = 30.0
 """What this process writes is known at once."""
 
 
+class Searcher(Protocol):
+    """What answering needs of a retriever."""
+
+    async def search(self, query: SearchQuery) -> SearchResult:
+        """See `Retriever.search`."""
+        ...
+
+
 class Retriever(Protocol):
     """The part that owns the documents, in one or several collections: finds passages, takes them in, gives them back.
 

@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from app.batch_queue import LocalQueue, Queue
 from app.batches import BatchStore
@@ -22,10 +23,29 @@ from app.llm.openai_http import OpenAIEngine, check_url
 from app.loaders import SUFFIXES, load_file, walk
 from app.models import check_chat_model
 from app.reranking import Reranker
-from app.retrieval import Retriever
+from app.retrieval import Retriever, Searcher
 from app.settings import Device, IndexSettings, LLMSettings, PlanningSettings, Settings
 from app.store import Database
 from app.telemetry import logger
+
+
+class Answering(Protocol):
+    """What an answer needs of `Services`: enough for a process that holds neither documents nor files."""
+
+    @property
+    def settings(self) -> Settings:
+        """See `Services`."""
+        ...
+
+    @property
+    def llm(self) -> LLM:
+        """See `Services`."""
+        ...
+
+    @property
+    def chat(self) -> ChatService:
+        """See `Services`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +88,7 @@ async def build_services(
     """
     retriever = retriever or await build_retriever(settings)
     llm = llm or await build_llm(settings, device)
-    chat = ChatService(
-        retriever,
-        llm,
-        grounding=decide_grounding(settings, device),
-        settings=settings.answer,
-        planning=decide_planning(settings, device),
-    )
+    chat = build_chat(settings, device, retriever, llm)
     ingestions = IngestionJobs(settings.data_dir, retriever, settings.api)
     if ingests:
         ingestions.start()
@@ -82,6 +96,17 @@ async def build_services(
     files = FileStore(shared, settings.api, settings.batch)
     batches = BatchStore(shared, files)
     return Services(settings, retriever, llm, chat, ingestions, files, batches, queue or LocalQueue())
+
+
+def build_chat(settings: Settings, device: Device, searcher: Searcher, llm: LLM) -> ChatService:
+    """Wire the pipeline over what finds passages and what writes; `device` is where the latter runs."""
+    return ChatService(
+        searcher,
+        llm,
+        grounding=decide_grounding(settings, device),
+        settings=settings.answer,
+        planning=decide_planning(settings, device),
+    )
 
 
 async def build_retriever(settings: Settings) -> LocalRetriever:

@@ -2,12 +2,12 @@
 
 from ray.serve import Application
 
-from app.services import check_models, decide_grounding, decide_planning
+from app.services import decide_grounding, decide_planning
 from app.settings import Device, Settings
 from deployments.batches import batches_deployment
 from deployments.ingress import Ingress
 from deployments.llm import LLM
-from deployments.placement import business_options, cluster_has_gpu, llm_options
+from deployments.placement import business_options, choose_device, llm_options
 from deployments.retriever import Retriever
 from deployments.versions import versioned
 
@@ -21,14 +21,14 @@ MODEL = ("data_dir", "llm", "logging")
 
 def monolith(settings: Settings) -> Application:
     """All in one process: a laptop, one GPU box, debugging."""
-    device = _device(settings)
+    device = choose_device(settings)
     ingress = Ingress.options(ray_actor_options=llm_options(device, num_cpus=0.8))
     return versioned(ingress, settings, device).bind(settings, device)
 
 
 def two_tier(settings: Settings) -> Application:
     """Business logic with retrieval on CPUs, the LLM apart."""
-    device = _device(settings)
+    device = choose_device(settings)
     own = _with_chat_template(_decided(settings, device).only(*BUSINESS, *KNOWLEDGE), settings)
     ingress = Ingress.options(ray_actor_options=business_options(device, num_cpus=0.5))
     return versioned(ingress, own, "LLM").bind(own, llm=_llm(settings, device))
@@ -36,7 +36,7 @@ def two_tier(settings: Settings) -> Application:
 
 def three_tier(settings: Settings) -> Application:
     """API, retrieval, LLM and batches each apart, each scaled by itself."""
-    device = _device(settings)
+    device = choose_device(settings)
     own = _with_collection_name(_decided(settings, device).only(*BUSINESS), settings)
     knowledge = _with_chat_template(settings.only(*KNOWLEDGE), settings)
     # It holds nothing that two could not hold: the new replicas start before the old ones end.
@@ -70,16 +70,3 @@ def _decided(settings: Settings, device: Device) -> Settings:
     grounding = decide_grounding(settings, device)
     answer = settings.answer.model_copy(update={"grounding": grounding})
     return settings.model_copy(update={"answer": answer, "planning": decide_planning(settings, device)})
-
-
-def _device(settings: Settings) -> Device:
-    """Choose the device, and refuse here, before anything starts, a model that it could not load."""
-    device: Device
-    if settings.llm.device != "auto":
-        device = settings.llm.device
-    elif settings.llm.engine != "vllm":
-        device = "cpu"  # The other engines compute elsewhere, or next to nothing.
-    else:
-        device = "gpu" if cluster_has_gpu() else "cpu"
-    check_models(settings.llm, device)
-    return device

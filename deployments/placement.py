@@ -5,13 +5,27 @@ from typing import Any
 import ray
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-from app.settings import Device
+from app.services import check_models
+from app.settings import Device, Settings
 
 TIER_LABEL = "tier"
 """Nodes started with `--labels tier=gpu` are kept for the LLM, also those that join later."""
 
 NAMED_NODES = "cleave:gpu-nodes"
 """The key in the cluster's own store under which the GPU nodes are kept that replicas have been told to avoid."""
+
+
+def choose_device(settings: Settings) -> Device:
+    """Choose the device, and refuse here, before anything starts, a model that it could not load."""
+    device: Device
+    if settings.llm.device != "auto":
+        device = settings.llm.device
+    elif settings.llm.engine != "vllm":
+        device = "cpu"  # The other engines compute elsewhere, or next to nothing.
+    else:
+        device = "gpu" if cluster_has_gpu() else "cpu"
+    check_models(settings.llm, device)
+    return device
 
 
 def llm_options(device: Device, *, num_cpus: float) -> dict[str, Any]:

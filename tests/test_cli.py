@@ -30,7 +30,7 @@ from app.errors import InvalidRequest, UnknownFilter
 
 PROGRAM = Path(sys.executable).with_name("cleave")
 QUESTION = "How long did the Reading Room outage on 14 October 2025 last?"
-VERBS = ["serve", "doctor", "ingest", "ask", "search", "eval", "reindex"]
+VERBS = ["serve", "doctor", "ingest", "ask", "search", "batch", "eval", "reindex"]
 VERBS += ["documents", "documents show", "documents delete", "keys", "keys create", "keys list", "keys revoke"]
 
 

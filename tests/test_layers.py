@@ -33,7 +33,7 @@ LAYERS = [
     {"gate", "answerability", "models", "sizing", "acceleration"},
     {"embedding", "store", "llm"},
     {"planning", "query_encoding", "ingestion", "deletion", "reranking", "uploads"},
-    {"files"},
+    {"files", "offline_input", "offline_output"},
     {"batches"},
     {"webhooks"},
     {"retrieval"},
@@ -43,7 +43,7 @@ LAYERS = [
     {"services"},
     {"api", "client", "doctor", "launcher"},
     {"batch_worker"},
-    {"evaluation", "changeover"},
+    {"evaluation", "changeover", "offline_answers"},
     {"cli"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -11,11 +11,11 @@ from app.api.questions import question
 from app.api.schemas import ChatCompletionRequest
 from app.api.sse import CompletionWriter
 from app.chat import AnswerEvent
-from app.services import Services
+from app.services import Answering
 
 
 async def begin_completion(
-    services: Services, body: ChatCompletionRequest, *, base_url: str
+    services: Answering, body: ChatCompletionRequest, *, base_url: str
 ) -> tuple[AsyncGenerator[AnswerEvent, None], CompletionWriter]:
     """Check a request; give the events of its answer, and what writes them as the client wants them."""
     answer = services.settings.answer
@@ -36,7 +36,7 @@ async def begin_completion(
     return services.chat.answer(asked), writer
 
 
-async def complete(services: Services, body: ChatCompletionRequest, *, base_url: str) -> dict[str, Any]:
+async def complete(services: Answering, body: ChatCompletionRequest, *, base_url: str) -> dict[str, Any]:
     """Answer a request in one piece."""
     events, writer = await begin_completion(services, body, base_url=base_url)
     async with aclosing(events):

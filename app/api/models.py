@@ -12,7 +12,7 @@ from app.api.bodies import Listed, ModelBody
 from app.api.schemas import PROFILE
 from app.domain import ModelInfo
 from app.errors import LLMUnavailable, ModelNotFound
-from app.services import Services
+from app.services import Answering, Services
 from app.settings import ProfileSettings, Settings
 
 STARTED_AT = int(time.time())
@@ -50,7 +50,7 @@ def profiles(settings: Settings) -> Mapping[str, ProfileSettings]:
     return {PROFILE: ProfileSettings(), **settings.profiles}
 
 
-async def find_profile(services: Services, model: str) -> ProfileSettings | None:
+async def find_profile(services: Answering, model: str) -> ProfileSettings | None:
     """Look a profile up; None for the raw language model. Raises `ModelNotFound` for any other name."""
     profile = profiles(services.settings).get(model)
     if profile is not None:

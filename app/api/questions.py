@@ -7,13 +7,13 @@ from contextlib import aclosing
 from app.api.schemas import RAGOptions
 from app.chat import AnswerEvent, ChatRequest
 from app.domain import Message, SamplingParams
-from app.services import Services
+from app.services import Answering
 from app.settings import ProfileSettings
 from app.telemetry import request_id
 
 
 def question(
-    services: Services,
+    services: Answering,
     profile: ProfileSettings | None,
     rag: RAGOptions,
     messages: Sequence[Message],

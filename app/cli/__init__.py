@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from app.cli import ask, doctor, documents, evaluate, ingest, keys, reindex, search, serve
+from app.cli import ask, batch, doctor, documents, evaluate, ingest, keys, reindex, search, serve
 from app.cli.output import FAILED, exit_code, fail
 from app.errors import CleaveError
 
@@ -72,6 +72,7 @@ main.command(epilog="Example: cleave ask 'How long did the Reading Room outage l
     ask.ask
 )
 main.command(epilog="Example: cleave search 'size of the KV cache' --top-k 3 --json")(search.search)
+main.command(epilog="Example: cleave batch questions.jsonl answers.jsonl")(batch.batch)
 main.command("eval", epilog="Example: cleave eval sets/handbook --json new.json --baseline old.json")(evaluate.evaluate)
 main.command(epilog="Example: cleave reindex --config serve_config.yaml")(reindex.reindex)
 

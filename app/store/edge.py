@@ -25,7 +25,7 @@ from qdrant_edge import EdgeShard, FieldCondition, Filter, MatchAny, MatchValue,
 
 from app.domain import Chunk, Document, EncodedChunk, Filters, Passage, Scalar, StoredDocument
 from app.durable import write_whole
-from app.errors import ConfigurationError, RetrieverUnavailable
+from app.errors import ConfigurationError, RetrieverUnavailable, StoreInUse
 from app.store import NO_FILTERS, Aliases, Chunks, Located, Manifest, Stamp, Store, Vectors
 from app.store.payload import (
     DENSE,
@@ -548,7 +548,7 @@ def _explained(path: Path) -> Iterator[None]:
             raise
         # The engine raises bare Exception; only the words tell the cause.
         if "WouldBlock" in str(error):
-            raise ConfigurationError(
+            raise StoreInUse(
                 f"The folder {path} is open in another process, and the embedded store has exactly one owner: "
                 "stop the other process, or run a Qdrant server and set store.kind to server."
             ) from error
