@@ -304,8 +304,10 @@ def test_a_start_that_waits_for_a_node_says_so_and_so_does_the_doctor(tmp_path: 
         wait_until(lambda: f"waiting: {why}" in service.output, seconds=120)
         parts = service.readiness()["parts"]
         assert why in parts["llm"]["error"]
-        log = (tmp_path / "data" / "logs" / "serve.log").read_text(encoding="utf-8")
-        assert "the language model cannot be placed" in log
+        log_file = tmp_path / "data" / "logs" / "serve.log"
+        # Ray forwards a replica's lines with a delay.
+        wait_until(lambda: "the language model cannot be placed" in log_file.read_text(encoding="utf-8"), seconds=60)
+        log = log_file.read_text(encoding="utf-8")
         found = re.search(r"View the dashboard at \S*?(http\S*?:\d+)", log)
         assert found
         doctor = subprocess.run(
