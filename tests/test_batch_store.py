@@ -178,8 +178,7 @@ def test_blank_lines_foreign_line_ends_and_none_at_the_end_are_taken(folder: Fol
 def test_a_line_over_the_limit_is_named_also_where_it_begins_with_blanks(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (batch_lines, batches):
-        monkeypatch.setattr(module, "MAX_LINE_BYTES", 500)
+    monkeypatch.setattr(batch_lines, "MAX_LINE_BYTES", 500)
     long = json.dumps(request("long", body={**BODY, "x": "y" * 5000})).encode()
     batch = folder.prepare(lines(request("a"), long, b" " * 1000 + long, request("b")))
     assert [(one["code"], one["line"]) for one in batch.errors] == [("too_large", 2), ("too_large", 3)]
@@ -521,4 +520,4 @@ def test_a_part_is_free_as_soon_as_nobody_asks_for_it(folder: Folder) -> None:
 def test_what_was_never_asked_has_no_response() -> None:
     found = unanswered("a", "batch_expired", "Why.")
     assert (found["custom_id"], found["response"], found["error"]["code"]) == ("a", None, "batch_expired")
-    assert not batches.is_success(found)
+    assert not batch_lines.is_success(found)

@@ -170,7 +170,7 @@ def test_the_options_of_the_ray_service_are_commented_out_and_fit() -> None:
 def test_the_ray_service_is_of_the_installed_ray(ray_service: dict[str, Any]) -> None:
     assert (ray_service["apiVersion"], ray_service["kind"]) == ("ray.io/v1", "RayService")
     version = ray_service["spec"]["rayClusterConfig"]["rayVersion"]
-    assert f"ray[serve]=={version}" in PYPROJECT["project"]["dependencies"]
+    assert f"ray[serve,data]=={version}" in PYPROJECT["project"]["dependencies"]
 
 
 def test_each_deployment_fits_one_group_of_pods_and_no_other(ray_service: dict[str, Any]) -> None:
