@@ -1,11 +1,15 @@
 """The lines of a batch: one request each, as OpenAI writes them or as a plain question, and one result each."""
 
 import json
+import sqlite3
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from app.errors import StorageFull
 
 ENDPOINT = "/v1/chat/completions"
 MAX_ID_CHARACTERS = 512
@@ -37,6 +41,37 @@ class BatchRequest:
 
     custom_id: str
     body: Mapping[str, Any]
+
+
+class SeenIds:
+    """The custom_ids so far, exact and on disk: a file may have more of them than memory has room for.
+
+    A context manager; all of it blocks.
+    """
+
+    def __enter__(self) -> "SeenIds":
+        """Begin with none."""
+        # A database without a name is private, temporary, and goes to disk when its cache is full.
+        self._database = sqlite3.connect("", isolation_level=None)
+        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute("CREATE TABLE seen (custom_id TEXT PRIMARY KEY) WITHOUT ROWID")
+        self._database.execute("BEGIN")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove them."""
+        self._database.close()
+
+    def add(self, custom_id: str) -> bool:
+        """Tell whether one was there before. Raises `StorageFull`."""
+        try:
+            with closing(self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (custom_id,))) as inserted:
+                return inserted.rowcount == 0
+        except sqlite3.OperationalError as error:
+            raise StorageFull(
+                f"custom_ids cannot be compared ({error}): free some space in the folder of temporary files, or set "
+                "SQLITE_TMPDIR to another."
+            ) from None
 
 
 def read_lines(path: Path, offset: int = 0, number: int = 1) -> Iterator[Line]:

@@ -2,13 +2,12 @@
 
 import hashlib
 import itertools
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.batch_lines import Line, LineRefused, parse_question, read_lines
+from app.batch_lines import Line, LineRefused, SeenIds, parse_question, read_lines
 from app.errors import InvalidRequest
 
 MIN_RANGE_LINES, MAX_RANGE_LINES = 16, 256
@@ -64,10 +63,10 @@ def read_index(path: Path, *, num_done: int = 0, tell: Callable[[int], None] = l
         repeated.clear()
         num_bytes = 0
 
-    with _explained(path), _SeenIds() as seen:
+    with _explained(path), SeenIds() as seen:
         for line in read_lines(path):
             num_requests += 1
-            is_repeated = seen.add(line)
+            is_repeated = _is_repeated(line, seen)
             if num_requests % TOLD_EVERY == 0:
                 tell(line.offset)
             if num_requests <= num_done:
@@ -88,28 +87,12 @@ def read_range(path: Path, range: Range) -> list[Line]:
     return list(itertools.islice(read_lines(path, range.offset, range.number), range.num_requests))
 
 
-class _SeenIds:
-    """The custom_ids so far, exact and on disk: a file may have more of them than memory has room for."""
-
-    def __enter__(self) -> "_SeenIds":
-        # A database without a name is private, temporary, and goes to disk when its cache is full.
-        self._database = sqlite3.connect("", isolation_level=None)
-        self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("CREATE TABLE seen (custom_id TEXT PRIMARY KEY) WITHOUT ROWID")
-        self._database.execute("BEGIN")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._database.close()
-
-    def add(self, line: Line) -> bool:
-        """Tell whether the id of a request was there before. A line that is no request has none."""
-        try:
-            custom_id = parse_question(line.content, line.number).custom_id
-        except LineRefused:
-            return False
-        with closing(self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (custom_id,))) as inserted:
-            return inserted.rowcount == 0
+def _is_repeated(line: Line, seen: SeenIds) -> bool:
+    """Tell whether the id of a request was there before. A line that is no request has none."""
+    try:
+        return seen.add(parse_question(line.content, line.number).custom_id)
+    except LineRefused:
+        return False
 
 
 @contextmanager
@@ -118,8 +101,3 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read ({error.strerror}). Name a file of requests.") from None
-    except sqlite3.OperationalError as error:
-        raise InvalidRequest(
-            f"custom_ids cannot be compared ({error}). Free space in the folder of temporary files, or set "
-            "SQLITE_TMPDIR to another."
-        ) from None

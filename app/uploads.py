@@ -169,14 +169,14 @@ class UploadWriter:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turn what the file system says of a folder for uploads into one line that says what to do."""
+    """Turn what the file system says of a folder of the service into one line that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             raise StorageFull(f"The disk of {folder} is full: free some space, or move data_dir.") from error
         raise ConfigurationError(
-            f"Uploads cannot be written to {folder} ({error.strerror}): make it writable, or move data_dir."
+            f"Nothing can be written to {folder} ({error.strerror}): make it writable, or move data_dir."
         ) from error
 
 

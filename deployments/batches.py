@@ -105,9 +105,11 @@ def batches_deployment(settings: Settings) -> Deployment:
     class Batches(consumer):  # type: ignore[misc]
         """A consumer that leaves its work to others when Serve stops it, in place of ending it first."""
 
-        def __del__(self) -> None:
+        async def __del__(self) -> None:  # Serve awaits it.
             for working in list(self._working):
                 working.cancel()
+            if self._opening.done() and not self._opening.exception():
+                await self._opening.result().close()
             super().__del__()
 
     return serve.deployment(

@@ -277,6 +277,15 @@ def test_a_kill_between_the_output_file_and_the_state_makes_no_second_file(folde
     assert not list((folder.path / "uploads").iterdir())
 
 
+def test_an_input_that_vanishes_later_fails_its_batch_too(folder: Folder) -> None:
+    batch = folder.prepare(many(50))
+    answer(folder.take(batch))
+    folder.files.delete(batch.input_file_id)
+    failed = folder.work_off(batch)
+    assert (failed.status, failed.errors[0]["code"], failed.num_completed) == ("failed", "invalid_input_file", 20)
+    assert not list(folder.batches.unfinished())
+
+
 def test_a_draft_that_a_kill_leaves_is_removed_with_abandoned_uploads(folder: Folder) -> None:
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom app.files import FileStore\n"

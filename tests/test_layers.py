@@ -12,8 +12,8 @@ from app.config import DEPLOYMENTS
 
 APP = Path(__file__).parent.parent / "app"
 LAYERS = [
-    {"addresses", "batch_lines", "batch_queue", "domain", "errors", "identifiers", "placement"},
-    {"settings"},
+    {"addresses", "batch_queue", "domain", "errors", "identifiers", "placement"},
+    {"settings", "batch_lines"},
     {"telemetry", "config", "dashboard", "durable"},
     {"keys"},
     {"access", "rates"},
