@@ -1,4 +1,4 @@
-"""The three types of inference, with the bundled model on real Serve and Ray Data: the same requests, the same answers."""
+"""The three types of inference, with the bundled model on Serve and Ray Data: the same answers to the same requests."""
 
 import json
 import subprocess
