@@ -3,7 +3,6 @@
 import asyncio
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
@@ -24,6 +23,7 @@ from app.keys import Key
 from app.rates import Rates, Window, duration, estimate_tokens
 from app.settings import AccessSettings
 from tests.keyed_service import ADDRESS, QUESTION, add, error_of, keyed_service, settings_for
+from tests.running_service import free_port
 from tests.scripted_llm import ScriptedLLM
 from tests.test_api import serving
 from tests.tiny_models import make_encoder
@@ -159,9 +159,7 @@ async def test_replicas_count_together_in_redis(redis_url: str) -> None:
 
 
 async def test_without_redis_each_replica_counts_alone(caplog: pytest.LogCaptureFixture) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    rates = Rates(AccessSettings(rates_url=f"redis://127.0.0.1:{port}"), length_s=60)
+    rates = Rates(AccessSettings(rates_url=f"redis://127.0.0.1:{free_port()}"), length_s=60)
     num_admitted, _ = await use_up([rates], key(requests_per_minute=3))
     assert num_admitted == 3
 
@@ -258,10 +256,10 @@ async def test_a_client_that_leaves_a_stream_pays_for_what_was_made(encoder: str
         headers = {"Authorization": f"Bearer {sent}"}
         async with (
             serving(found.api) as (host, port),
-            httpx.AsyncClient(base_url=f"http://{host}:{port}", headers=headers, trust_env=False) as client,
+            httpx.AsyncClient(base_url=f"http://{host}:{port}", headers=headers, trust_env=False, timeout=60) as client,
         ):
             await read_until(client, "two")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await llm.closed.wait()
                 while (left := await tokens_left(client)) == 250 - estimate_tokens(len(ASKED)):
                     pass  # Set aside until the stream is closed.
