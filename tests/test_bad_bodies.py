@@ -121,7 +121,7 @@ def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(client: httpx.
 
 
 def test_every_route_that_takes_json_counts_its_values(live_service: str) -> None:
-    with httpx.Client(base_url=live_service, trust_env=False) as client:
+    with httpx.Client(base_url=live_service, trust_env=False, timeout=60) as client:
         described = client.get("/openapi.json").json()["paths"]
     taking = {path for path, methods in described.items() if "requestBody" in methods.get("post", {})}
     tried = {re.sub("/default/", "/{name}/", urlsplit(route).path) for route, *_ in WIDE.values()}

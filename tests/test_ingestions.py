@@ -27,7 +27,7 @@ from app.uploads import Loaded
 from tests.conftest import ROOT
 from tests.running_service import free_port
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 class StepwiseRetriever:
@@ -590,9 +590,10 @@ def test_a_service_that_is_killed_in_the_middle_goes_on_after_its_start_and_ends
         while not seen:
             seen = client.get(address, params={"limit": 1000}).json()["results"]
         process.kill()
+    assert len(seen) < len(expected), "it was killed in the middle"
     with service(tmp_path) as (process, client):
         found = client.get(address, params={"limit": 1000}).json()
-        assert found["status"] in ("running", "queued")
+        assert found["status"] in ("running", "queued", "completed")
         assert found["results"][: len(seen)] == seen
         done = wait_for(client, accepted["id"])
         assert done["status"] == "completed"
