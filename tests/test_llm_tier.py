@@ -120,7 +120,7 @@ SCALED_TO_ZERO = {
 
 def test_a_tier_scaled_to_zero_quotes_at_once_and_a_request_wakes_it(cluster: RunningCluster, folder: Path) -> None:
     cluster.deploy(write_config(folder, "alpha", **SCALED_TO_ZERO))
-    cluster.wait_until(cluster.answers)
+    cluster.wait_until_running()
     cluster.wait_until(lambda: cluster.deployments().get("LLM", {}).get("replicas") == [])
     cluster.wait_until(lambda: cluster.parts()["llm"]["status"] == "cold")
     for _ in range(20):  # A monitor is no request.
