@@ -22,7 +22,7 @@ from tests.conftest import ServiceThread, sample_settings
 from tests.scripted_llm import ScriptedLLM
 
 # A busy machine encodes slowly; what is waited for is a condition, not a time.
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=60_000)
 
 ARGUMENTS = [
     "--no-sandbox",
@@ -93,7 +93,7 @@ class PageService:
         self._thread.wait_until_built()
         self.url = self._thread.url
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60)
+        self.client = httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=180)
         self._seeded = self._document_ids()
 
     def let(self, event: asyncio.Event) -> None:
@@ -169,7 +169,7 @@ def browser() -> Iterator[Browser]:
 def context(browser: Browser, service: PageService) -> Iterator[BrowserContext]:
     """A browser of its own, closed before the service is restored: what it still sends would come too late."""
     found = browser.new_context(viewport={"width": 1280, "height": 800})
-    found.set_default_timeout(20_000)
+    found.set_default_timeout(60_000)
     yield found
     found.close()
 

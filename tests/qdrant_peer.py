@@ -29,7 +29,7 @@ from tests.running_service import ROOT, free_port
 
 API_KEY_VARIABLE = "QDRANT__SERVICE__API_KEY"
 """Named as the real server names it."""
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 180
 VERSION = "1.17.0"
 """The oldest that Cleave accepts."""
 
@@ -194,11 +194,11 @@ def qdrant_peer(*, port: int | None = None, api_key: str = "") -> Iterator[str]:
         yield url
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(60)
 
 
 def _answers(url: str) -> bool:
-    with httpx.Client(trust_env=False, timeout=5) as client, contextlib.suppress(httpx.TransportError):
+    with httpx.Client(trust_env=False, timeout=30) as client, contextlib.suppress(httpx.TransportError):
         return client.get(url).is_success
     return False
 

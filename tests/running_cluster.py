@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 
 from tests.running_service import ROOT, free_port, write_application
 
-DEPLOY_TIMEOUT_S = 240
+DEPLOY_TIMEOUT_S = 480
 QUESTION = "How long did the Reading Room outage on 14 October 2025 last?"
 ENVIRONMENT = {
     # The cluster of a test is reached from this machine alone.
@@ -33,10 +33,9 @@ ENVIRONMENT = {
     # How soon Serve's autoscaler sees a change; by default 10 s.
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
-    # How soon a node that is gone counts as dead; by default 15 s.
+    # How soon a node that is gone counts as dead; by default 15 s. One that is there and slow keeps Ray's 10 s a check.
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
 
@@ -72,7 +71,7 @@ class RunningCluster:
             env={**os.environ, **self._environment},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -97,12 +96,12 @@ class RunningCluster:
 
     def parts(self) -> dict[str, Any]:
         """What `/readyz?verbose` says of retriever and LLM."""
-        found: dict[str, Any] = httpx.get(f"{self.url}/readyz?verbose", trust_env=False, timeout=10).json()["parts"]
+        found: dict[str, Any] = httpx.get(f"{self.url}/readyz?verbose", trust_env=False, timeout=60).json()["parts"]
         return found
 
     def answers(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/livez", trust_env=False, timeout=5).status_code == 200
+            return httpx.get(f"{self.url}/livez", trust_env=False, timeout=30).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -113,7 +112,7 @@ class RunningCluster:
             time.sleep(0.2)
 
     def _serve_api(self) -> dict[str, Any]:
-        response = httpx.get(f"{self.dashboard}/api/serve/applications/", trust_env=False, timeout=30)
+        response = httpx.get(f"{self.dashboard}/api/serve/applications/", trust_env=False, timeout=120)
         found: dict[str, Any] = response.raise_for_status().json()
         return found
 
@@ -121,7 +120,7 @@ class RunningCluster:
 def ask(url: str, **body: Any) -> tuple[int, dict[str, Any]]:
     """Ask the question that the sample articles answer; return the status and the body."""
     asked = {"messages": [{"role": "user", "content": QUESTION}], **body}
-    response = httpx.post(f"{url}/v1/chat/completions", json=asked, trust_env=False, timeout=90)
+    response = httpx.post(f"{url}/v1/chat/completions", json=asked, trust_env=False, timeout=180)
     is_json = response.headers["content-type"].startswith("application/json")
     return response.status_code, response.json() if is_json else {"text": response.text}
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).parent.parent
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 480
 PREPARED_MODELS = ROOT / ".pytest_cache" / "models"
 
 
@@ -33,7 +34,7 @@ class RunningService:
         return self._output.read_text(encoding="utf-8")
 
     def readiness(self) -> dict[str, Any]:
-        with httpx.Client(trust_env=False, timeout=10) as client:
+        with httpx.Client(trust_env=False, timeout=60) as client:
             found: dict[str, Any] = client.get(f"{self.url}/readyz?verbose").json()
             return found
 
@@ -46,19 +47,21 @@ class RunningService:
         for one in everything:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
-        psutil.wait_procs(everything, timeout=30)
-        self.process.wait(30)
+        psutil.wait_procs(everything, timeout=60)
+        self.process.wait(60)
 
     def stop(self) -> int:
         """Stop it as Ctrl-C does; return its exit code."""
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(90)
+        return self.process.wait(180)
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Find a port that stays free until it is used: the system gives those below 32768 to nobody who asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)  # Ray's own are below, and above.
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def share_prepared_models(data_dir: Path) -> None:

@@ -209,7 +209,10 @@ async def test_a_stream_and_a_whole_answer_say_the_same(client: httpx.AsyncClien
 async def test_pieces_leave_while_the_engine_still_works(retriever: LocalRetriever) -> None:
     goes_on = asyncio.Event()
     llm = ScriptedLLM("The outage ", goes_on, "lasted.")
-    async with serving(api_of(retriever, llm, "flag")) as (host, port), httpx.AsyncClient(trust_env=False) as web:
+    async with (
+        serving(api_of(retriever, llm, "flag")) as (host, port),
+        httpx.AsyncClient(trust_env=False, timeout=60) as web,
+    ):
         url = f"http://{host}:{port}/v1/chat/completions"
         async with web.stream("POST", url, json=asking(stream=True)) as response:
             seen = ""
@@ -224,13 +227,16 @@ async def test_pieces_leave_while_the_engine_still_works(retriever: LocalRetriev
 @in_one_loop
 async def test_a_reader_that_leaves_a_stream_frees_the_engine(retriever: LocalRetriever) -> None:
     llm = ScriptedLLM("The outage ", asyncio.Event())
-    async with serving(api_of(retriever, llm, "flag")) as (host, port), httpx.AsyncClient(trust_env=False) as web:
+    async with (
+        serving(api_of(retriever, llm, "flag")) as (host, port),
+        httpx.AsyncClient(trust_env=False, timeout=60) as web,
+    ):
         url = f"http://{host}:{port}/v1/chat/completions"
         async with web.stream("POST", url, json=asking(stream=True)) as response:
             async for text in response.aiter_text():
                 if "The outage" in text:
                     break
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await llm.closed.wait()
 
 

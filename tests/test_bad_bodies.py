@@ -123,7 +123,7 @@ def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(client: httpx.
 
 
 def test_every_route_that_takes_json_counts_its_values(live_service: str) -> None:
-    with httpx.Client(base_url=live_service, trust_env=False) as client:
+    with httpx.Client(base_url=live_service, trust_env=False, timeout=60) as client:
         described = client.get("/openapi.json").json()["paths"]
     bodies = {path: methods.get("post", {}).get("requestBody", {}) for path, methods in described.items()}
     taking = {path for path, body in bodies.items() if "application/json" in body.get("content", {})}

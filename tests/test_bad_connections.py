@@ -28,6 +28,7 @@ from app.api import http_protocol
 from app.api.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS
 from app.api.middleware import OWN_HEADER
 from deployments.proxy import middlewares
+from tests.running_service import free_port
 
 PATIENCE_S = 60.0
 GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n"
@@ -58,15 +59,14 @@ def proxy() -> Iterator[str]:
         stopped.add_done_callback(lambda _: setattr(server, "should_exit", True))
         await task
 
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     loop = asyncio.new_event_loop()
     stopped: asyncio.Future[None] = loop.create_future()
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{port}"
     transport = httpx.HTTPTransport(retries=6)
-    with httpx.Client(base_url=url, transport=transport) as client:
+    with httpx.Client(base_url=url, transport=transport, timeout=PATIENCE_S) as client:
         assert client.get("/livez").status_code == 200
     yield url
     loop.call_soon_threadsafe(stopped.set_result, None)
@@ -211,10 +211,11 @@ def test_a_second_request_that_hardly_comes_is_given_up_too(url: str) -> None:
         connection.sendall(GET + b"\r\n" + GET)
         connection.sendall(b"X-Some: ")
         answers = b""
-        while b'{"status":"ok"}' not in answers:
+        while (ok := b'{"status":"ok"}') not in answers:
             answers += connection.recv(65536)
-        connection.sendall(b"value\r\n")
-        assert refusal(read_to_the_end(connection)) == (408, "too_slow")
+        with suppress(OSError):  # A busy machine may be too late for it.
+            connection.sendall(b"value\r\n")
+        assert refusal(answers.partition(ok)[2] + read_to_the_end(connection)) == (408, "too_slow")
 
 
 def test_slow_heads_hold_nobody_else_up(url: str) -> None:

@@ -270,8 +270,8 @@ async def test_quotes_answer_in_time_when_the_model_does_not_come_to_an_end(retr
     llm = ScriptedLLM("The outage lasted", asyncio.Event())
     clock = asyncio.get_running_loop().time
     started = clock()
-    answer = await answered(service(retriever, llm), asking(timeout_s=1.0))
-    assert clock() - started < 1.0
+    answer = await answered(service(retriever, llm), asking(timeout_s=4.0))
+    assert clock() - started < 4.0
     assert (answer.text, answer.end.degraded) == (QUOTED, ("llm_timeout",))
     assert llm.closed.is_set()
 
@@ -279,8 +279,8 @@ async def test_quotes_answer_in_time_when_the_model_does_not_come_to_an_end(retr
 @in_one_loop
 async def test_the_deadline_comes_out_when_text_is_out(retriever: LocalRetriever) -> None:
     llm = ScriptedLLM("The outage lasted", asyncio.Event())
-    with pytest.raises(DeadlineExceeded, match=r"0\.5 s were not enough for the answer"):
-        await answered(service(retriever, llm, "flag"), asking(timeout_s=0.5))
+    with pytest.raises(DeadlineExceeded, match="3 s were not enough for the answer"):
+        await answered(service(retriever, llm, "flag"), asking(timeout_s=3.0))
     assert llm.closed.is_set()
 
 

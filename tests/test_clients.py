@@ -106,7 +106,7 @@ def run_shell(code: str, folder: Path) -> str:
 
 
 def run_program(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

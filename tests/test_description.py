@@ -15,7 +15,7 @@ from tests.conftest import running, sample_settings
 
 RECORDED: Mapping[str, Any] = json.loads(EXAMPLES.read_text(encoding="utf-8"))
 """In an order in which they can be done."""
-DEADLINE_S = 60
+DEADLINE_S = 180
 LINE = RECORDED["GET /v1/files/{file_id}/content"]["200 application/jsonl"]
 
 

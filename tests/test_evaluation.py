@@ -159,12 +159,12 @@ def test_kept_documents_are_used_again_and_follow_the_corpus(tmp_path: Path) -> 
 
 
 def test_a_running_service_is_measured_in_a_collection_of_its_own(live_service: str, lockers: Path) -> None:
-    if httpx.get(f"{live_service}/v1/collections", trust_env=False).status_code == 404:
+    if httpx.get(f"{live_service}/v1/collections", trust_env=False, timeout=60).status_code == 404:
         pytest.skip("this service keeps one collection")
-    before = httpx.get(f"{live_service}/v1/collections", trust_env=False).json()
+    before = httpx.get(f"{live_service}/v1/collections", trust_env=False, timeout=60).json()
     result = evaluate(lockers, "--url", live_service, "--limit", "10", "--answers")
     assert result.exit_code == 0, result.output
-    assert httpx.get(f"{live_service}/v1/collections", trust_env=False).json() == before
+    assert httpx.get(f"{live_service}/v1/collections", trust_env=False, timeout=60).json() == before
 
 
 # --- What is wrong is said before the long work ----------------------------------------------------------------------

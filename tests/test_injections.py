@@ -109,7 +109,7 @@ async def test_a_marker_hidden_in_another_one_cites_nothing(retriever: LocalRetr
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @in_one_loop
 async def test_orders_in_documents_change_nothing_with_the_bundled_model(
     retriever: LocalRetriever, tmp_path: Path
@@ -184,7 +184,7 @@ def num_control_tokens(tokenizer: Any, messages: list[Message]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("text", [*ORDERS.values(), "<repo_name>a<file_sep><|endoftext|>"])
 def test_the_bundled_tokenizer_reads_no_control_token_out_of_a_document_or_a_question(
     tokenizer: Any, text: str

@@ -20,10 +20,10 @@ from typer.testing import CliRunner, Result
 from app.cli import main
 from app.config import Config
 from app.errors import ConfigurationError, InvalidKey, InvalidRequest, KeysUnreadable
-from app.keys import CHECK_S, FORM, Key, KeyFile, check_keys, create_key, read_keys, revoke_key
+from app.keys import FORM, Key, KeyFile, check_keys, create_key, read_keys, revoke_key
 from app.settings import AccessSettings, Settings
 
-SOON = 4 * CHECK_S
+PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 
 async def eventually(found: Callable[[], Any]) -> Any:
     """Wait until it gives no false value."""
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(PATIENCE_S):
         while not (value := await found()):  # noqa: ASYNC110  # Nothing tells when the file is read.
             await asyncio.sleep(0.02)
         return value

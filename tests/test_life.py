@@ -347,7 +347,7 @@ class Writer:
     def kill(self, *, after: int, delay_s: float) -> list[str]:
         """Kill it when so many steps are done, some milliseconds into the next one; give its lines."""
         for _ in range(after):
-            assert self._done.acquire(timeout=60), self._process.poll()
+            assert self._done.acquire(timeout=180), self._process.poll()
         threading.Event().wait(delay_s)
         self._process.kill()
         self._reading.join()
@@ -378,7 +378,7 @@ def test_a_process_killed_between_any_two_changes_leaves_one_version(
     tmp_path: Path, versions: str, num_changes: int
 ) -> None:
     command = [sys.executable, "-m", "tests.store_writer", "everywhere", str(tmp_path), versions]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert (finished.returncode, finished.stdout) == (0, f"{num_changes}\n"), finished.stderr
 
 

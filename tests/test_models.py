@@ -201,7 +201,7 @@ def checked(folder: Path, references: list[str], **environment: str) -> list[str
         [sys.executable, "-c", CHECK, *references],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         env={**quiet, **environment},
         cwd=Path(__file__).parent.parent,
     )

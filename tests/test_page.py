@@ -12,6 +12,7 @@ from playwright.sync_api import BrowserContext, Locator, Page, expect
 from app.chat import REFUSAL
 from app.domain import Message
 from app.errors import LLMUnavailable
+from tests.conftest import wait_until
 from tests.node_setup import find_package
 from tests.page_service import (
     DROP,
@@ -140,7 +141,7 @@ def test_a_stopped_answer_keeps_its_text_and_can_be_asked_again(page: Page, serv
     service.llm.play("It lasted 52 minutes. [1]")
     page.click(".retry")
     expect(page.locator(".body")).to_have_text("It lasted 52 minutes.1")
-    assert script.closed.is_set()
+    wait_until(script.closed.is_set)
     assert script.num_played == 1
 
 
@@ -385,6 +386,7 @@ def test_files_are_dropped_with_progress_and_reported_one_by_one(page: Page, con
         ],
     )
     expect(page.locator("#documents-dialog")).to_be_visible()
+    expect(page.locator(".upload")).to_have_count(4)
     large, lockers, photo, too_large = page.locator(".upload").all()
     expect(large.locator(".outcome")).to_have_text(re.compile(r"sending, [1-9]\d?%"))
     assert 0 < large.locator("progress").evaluate("(bar) => bar.value") < 1
@@ -412,6 +414,7 @@ def test_an_upload_is_cancelled_while_it_waits_and_after_it_was_sent(
     network = context.new_cdp_session(page)
     network.send("Network.emulateNetworkConditions", {**NETWORK, "latency": 600_000})
     page.evaluate(DROP, [{"name": "sent.md", "text": "Sent."}, {"name": "waiting.md", "text": "Waiting."}])
+    expect(page.locator(".upload")).to_have_count(2)
     sent, waiting = page.locator(".upload").all()
     expect(sent.locator(".outcome")).to_have_text("reading and indexing")
     expect(waiting.locator(".outcome")).to_have_text("waiting")

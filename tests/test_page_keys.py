@@ -8,6 +8,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from app.keys import create_key, keys_path
 from app.settings import EmbeddingSettings, Settings
+from tests.conftest import wait_until
 from tests.page_service import (
     DROP,
     NEEDS_BROWSER,
@@ -26,6 +27,8 @@ from tests.tiny_models import make_encoder
 pytestmark = NEEDS_BROWSER
 
 KEYS: list[str] = []
+NUM_REQUESTS = 3
+"""Of the page, when it is opened: models, documents, facets."""
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +46,21 @@ def dialog_of(page: Page) -> Locator:
     return page.get_by_role("dialog", name="Key")
 
 
+def wait_for_refusals(page: Page, number: int) -> None:
+    """Wait for all requests that are refused: one that is late would ask for the key again."""
+    refused = "performance.getEntriesByType('resource').filter(({ responseStatus }) => responseStatus === 401).length"
+    wait_until(lambda: page.evaluate(refused) == number)
+
+
 def test_a_key_is_asked_for_and_kept_in_the_tab(page: Page) -> None:
     dialog = dialog_of(page)
     expect(dialog).to_contain_text("This service needs a key")
+    wait_for_refusals(page, NUM_REQUESTS)
     expect(page.locator("#key")).to_be_focused()
     page.keyboard.type("a wrong one")
     page.keyboard.press("Enter")
     expect(dialog).to_contain_text("This key is not valid here")
+    wait_for_refusals(page, 2 * NUM_REQUESTS)
     expect(page.locator("#key")).to_be_focused()
     page.keyboard.type(KEYS[0])
     page.keyboard.press("Enter")
@@ -71,6 +82,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Page) -> None:
 
 
 def test_without_a_key_the_page_says_what_is_missing(page: Page) -> None:
+    wait_for_refusals(page, NUM_REQUESTS)
     dialog_of(page).get_by_role("button", name="Cancel").click()
     expect(dialog_of(page)).to_be_hidden()
     send(page, QUESTION)

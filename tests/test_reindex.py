@@ -106,7 +106,7 @@ async def retriever(
         yield found
 
 
-async def until(condition: Callable[[], Awaitable[bool]], *, timeout_s: float = 60) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], *, timeout_s: float = 180) -> None:
     async with asyncio.timeout(timeout_s):
         while not await condition():  # noqa: ASYNC110  # There is nothing to be told by.
             await asyncio.sleep(0.05)
@@ -489,7 +489,8 @@ def reindex(service: ServiceThread, tmp_path: Path, models: Path, name: str, *op
 
 
 def model_of(service: ServiceThread) -> str:
-    return Path(httpx.get(f"{service.url}/readyz?verbose").json()["parts"]["retriever"]["embedding_model"]).name
+    parts = httpx.get(f"{service.url}/readyz?verbose", timeout=60).json()["parts"]
+    return Path(parts["retriever"]["embedding_model"]).name
 
 
 @pytest.mark.slow

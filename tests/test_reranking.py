@@ -210,7 +210,7 @@ async def test_the_encoder_waits_while_a_pass_is_computed(make: Callable[..., Re
 
 
 async def test_what_is_late_is_skipped_and_the_rest_of_it_is_not_computed(make: Callable[..., Reranker]) -> None:
-    reranker = make(batch_size=2, timeout_s=0.1)
+    reranker = make(batch_size=2, timeout_s=2.0)
     passages = found(1, 5, 0, 9, 3, 2)
     with counted(reranker) as sizes:
         with Blocked(reranker) as blocked:

@@ -1,5 +1,6 @@
 """The whole service on real parts: Ray Serve, vLLM with the bundled model, the embedded store, real clients."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from reportlab.pdfgen import canvas
 
 from tests.running_service import ROOT, RunningService, running, start, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 
 QUESTION = "How long did the Reading Room outage on 14 October 2025 last?"
 BIN = Path(sys.executable).parent
@@ -132,8 +133,15 @@ def test_a_conversation_that_is_too_long_is_refused_with_its_status(client: open
     assert caught.value.code == "context_length_exceeded"
 
 
-def num_running(service: RunningService) -> int:
-    return int(service.readiness()["parts"]["llm"]["num_running"])
+def num_running(service: RunningService) -> int | None:
+    """None when the engine is too busy to say."""
+    found: int | None = service.readiness()["parts"]["llm"].get("num_running")
+    return found
+
+
+def num_documents(service: RunningService) -> int:
+    """0 when the retriever is too busy to say."""
+    return int(service.readiness()["parts"]["retriever"].get("num_documents", 0))
 
 
 def wait_until(condition: Any, seconds: float) -> float:
@@ -151,24 +159,24 @@ def test_a_client_that_leaves_frees_the_engine(service: RunningService, stream: 
         "max_tokens": 4000,
         "stream": stream,
     }
-    with httpx.Client(trust_env=False, timeout=60) as client:
+    with httpx.Client(trust_env=False, timeout=120) as client:
         if stream:
             with client.stream("POST", f"{service.url}/v1/chat/completions", json=body) as response:
                 lines = response.iter_lines()  # Held on to: a dropped iterator closes the response.
                 next(lines)
-                wait_until(lambda: num_running(service) == 1, seconds=30)
+                wait_until(lambda: num_running(service) == 1, seconds=60)
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{service.url}/v1/chat/completions", json=body, timeout=2)
     # The rest of the story would take the engine minutes.
-    wait_until(lambda: num_running(service) == 0, seconds=10)
+    wait_until(lambda: num_running(service) == 0, seconds=30)
 
 
 def test_liveness_answers_while_the_engine_is_busy(service: RunningService) -> None:
     asking = [threading.Thread(target=ask, args=(service.url, QUESTION)) for _ in range(8)]
     for thread in asking:
         thread.start()
-    with httpx.Client(trust_env=False, timeout=5) as client:
+    with httpx.Client(trust_env=False, timeout=15) as client:
         while any(thread.is_alive() for thread in asking):
             assert client.get(f"{service.url}/livez").status_code == 200
     for thread in asking:
@@ -226,7 +234,12 @@ def test_the_answers_in_the_readme_are_what_the_service_says(service: RunningSer
 
 def test_while_the_engine_is_dead_answers_are_quotes_and_none_fails(service: RunningService) -> None:
     def engines() -> list[psutil.Process]:
-        return [one for one in service.descendants() if "EngineCore" in " ".join(one.cmdline())]
+        found = []
+        for one in service.descendants():
+            with contextlib.suppress(psutil.NoSuchProcess):  # Others come and go.
+                if "EngineCore" in " ".join(one.cmdline()):
+                    found.append(one)
+        return found
 
     wait_until(engines, seconds=120)
     engines()[0].kill()
@@ -238,7 +251,7 @@ def test_while_the_engine_is_dead_answers_are_quotes_and_none_fails(service: Run
     def has_recovered() -> bool:
         return not ask(service.url, QUESTION)["rag"]["degraded"]
 
-    wait_until(has_recovered, seconds=120)
+    wait_until(has_recovered, seconds=300)
 
 
 def essays(count: int) -> list[dict[str, Any]]:
@@ -259,25 +272,32 @@ def test_a_service_killed_in_the_middle_of_an_ingestion_keeps_whole_documents(
                 except httpx.HTTPError:
                     return  # The service was killed: that is what this test is about.
 
-    before = service.readiness()["parts"]["retriever"]
+    wait_until(lambda: num_documents(service), 60)
+    before = num_documents(service)
     writer = threading.Thread(target=ingest)
     writer.start()
-    wait_until(lambda: service.readiness()["parts"]["retriever"]["num_documents"] >= before["num_documents"] + 3, 60)
+    wait_until(lambda: num_documents(service) >= before + 3, 120)
     service.kill()
     writer.join()
 
     with running(folder / "serve_config.yaml") as again:
         held = again.readiness()["parts"]["retriever"]
-        assert held["num_documents"] >= before["num_documents"] + 3
-        listed = httpx.get(f"{again.url}/v1/documents?limit=1000", trust_env=False).json()
+        assert held["num_documents"] >= before + 3
+        listed = httpx.get(f"{again.url}/v1/documents?limit=1000", trust_env=False, timeout=60).json()
         assert listed["total"] == len(listed["data"]) == held["num_documents"]
         assert sum(one["num_chunks"] for one in listed["data"]) == held["num_chunks"]
         assert "52 minutes" in ask(again.url, QUESTION)["choices"][0]["message"]["content"]
 
         descendants = again.descendants()
         assert again.stop() == 0
-        psutil.wait_procs(descendants, timeout=20)
-        assert not [one for one in descendants if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        wait_until(lambda: not any(map(is_at_work, descendants)), 60)
+
+
+def is_at_work(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -289,7 +309,7 @@ def test_a_service_killed_in_the_middle_of_an_ingestion_keeps_whole_documents(
 )
 def test_a_wrong_setting_ends_the_start_in_one_line(tmp_path: Path, args: dict[str, Any], said: str) -> None:
     service = start(write_config(tmp_path, **args), tmp_path / "output.txt")
-    assert service.process.wait(60) in (1, 2)
+    assert service.process.wait(180) in (1, 2)
     complaint = [line for line in service.output.splitlines() if line.startswith("cleave:")]
     assert len(complaint) == 1
     assert said in complaint[0]

@@ -585,7 +585,7 @@ async def test_something_else_at_the_address_is_no_qdrant_server() -> None:
 )
 async def test_a_server_in_trouble_is_unavailable_on_one_line(answer: bytes, message: str, retry_after_s: int) -> None:
     async with always_answering(answer) as url:
-        client = AsyncQdrantClient(location=url, timeout=1, check_compatibility=False)
+        client = AsyncQdrantClient(location=url, timeout=60 if answer else 1, check_compatibility=False)
         store = ServerStore(client, "c")
         with pytest.raises(RetrieverUnavailable, match=message) as caught:
             await store.counts()

@@ -16,7 +16,7 @@ from app.settings import LLMSettings, Settings
 from tests.schemas import ENDLESS, UNSUPPORTED, WELL_FORMED
 from tests.tiny_models import make_spelling_model
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow, pytest.mark.timeout(900)]
 ACCEPTED_BY_US_ALONE = {
     "an integer of 31 digits": {"type": "integer", "minimum": -(10**30)},
     "a range without numbers": {"type": "integer", "minimum": 5, "maximum": 1},

@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from app.errors import ConfigurationError, StorageFull, TooLarge
 from app.settings import APISettings
 from app.uploads import Loaded, UploadWriter, count_documents, load
 from tests.conftest import running as run_service
-from tests.conftest import sample_settings
+from tests.conftest import sample_settings, wait_until
 from tests.test_ingestions import service
 
 PATIENCE_S = 60.0
@@ -92,13 +91,6 @@ def send_form(running: Running, form: bytes, route: str = "/v1/documents") -> tu
         connection.sendall(head(route, Content_Length=str(len(form))) + form)
         status, body, _ = answer(connection)
     return status, body
-
-
-def wait_until(is_reached: Any) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # --- Slow, and gone --------------------------------------------------------------------------------------------------
@@ -299,7 +291,7 @@ def test_deep_json_is_refused(running: Running, opening: bytes) -> None:
         with running.connect() as connection:
             connection.sendall(head(route, "application/json", Content_Length=str(len(body))) + body)
             assert answer(connection)[0] in (400, 413)
-    with httpx.Client(base_url=running.url, trust_env=False) as client:
+    with httpx.Client(base_url=running.url, trust_env=False, timeout=PATIENCE_S) as client:
         for filters in ("[" * 5_000, '{"a":' * 2_000, '{"a": "\\ud800"}', "[]", "1", '{"a": null}', '{"a": {"b": 1}}'):
             response = client.get("/v1/documents", params={"filters": filters})
             assert (response.status_code, response.json()["error"]["param"]) == (400, "filters")
