@@ -4,7 +4,6 @@ import asyncio
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -28,14 +27,6 @@ hypothesis.settings.load_profile("cleave")
 
 ROOT = Path(__file__).parent.parent
 ARTICLES = ROOT / "examples" / "articles"
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Wait for what another process or thread brings about."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.01)
 
 
 class ServiceThread(threading.Thread):

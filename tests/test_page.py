@@ -12,7 +12,6 @@ from playwright.sync_api import BrowserContext, Locator, Page, expect
 from app.chat import REFUSAL
 from app.domain import Message
 from app.errors import LLMUnavailable
-from tests.conftest import wait_until
 from tests.node_setup import find_package
 from tests.page_service import (
     DROP,
@@ -30,6 +29,7 @@ from tests.page_service import (
     service,
     wait_for_end,
 )
+from tests.waiting import wait_until
 
 pytestmark = NEEDS_BROWSER
 

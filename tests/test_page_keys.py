@@ -8,7 +8,6 @@ from playwright.sync_api import Locator, Page, expect
 
 from app.keys import create_key, keys_path
 from app.settings import EmbeddingSettings, Settings
-from tests.conftest import wait_until
 from tests.page_service import (
     DROP,
     NEEDS_BROWSER,
@@ -23,6 +22,7 @@ from tests.page_service import (
     wait_for_end,
 )
 from tests.tiny_models import make_encoder
+from tests.waiting import wait_until
 
 pytestmark = NEEDS_BROWSER
 

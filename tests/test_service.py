@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 from reportlab.pdfgen import canvas
 
 from tests.running_service import ROOT, RunningService, running, start, write_config
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 
@@ -142,13 +142,6 @@ def num_running(service: RunningService) -> int | None:
 def num_documents(service: RunningService) -> int:
     """0 when the retriever is too busy to say."""
     return int(service.readiness()["parts"]["retriever"].get("num_documents", 0))
-
-
-def wait_until(condition: Any, seconds: float) -> float:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, "the condition did not come true in time"
-    return time.monotonic() - started
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -322,8 +315,8 @@ def test_a_start_that_waits_for_a_node_says_so_and_so_does_the_doctor(tmp_path: 
     try:
         why = "LLM asks for 0.4 CPU, 1 GPU per replica, and no node has as much"
         wait_until(lambda: f"waiting: {why}" in service.output, seconds=120)
-        parts = service.readiness()["parts"]
-        assert why in parts["llm"]["error"]
+        # The line comes from the dashboard; what the Ingress knows of it comes by itself, and a probe may be late.
+        wait_until(lambda: why in str(service.readiness()["parts"]["llm"]), seconds=120)
         log_file = tmp_path / "data" / "logs" / "serve.log"
         # Ray forwards a replica's lines with a delay.
         wait_until(lambda: "the language model cannot be placed" in log_file.read_text(encoding="utf-8"), seconds=60)

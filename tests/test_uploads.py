@@ -23,8 +23,9 @@ from app.errors import ConfigurationError, StorageFull, TooLarge
 from app.settings import APISettings
 from app.uploads import Loaded, UploadWriter, count_documents, load
 from tests.conftest import running as run_service
-from tests.conftest import sample_settings, wait_until
+from tests.conftest import sample_settings
 from tests.test_ingestions import service
+from tests.waiting import wait_until
 
 PATIENCE_S = 60.0
 LIMITS = APISettings(max_file_bytes=100_000, max_body_bytes=200_000, max_upload_bytes=2_000_000, min_free_bytes=0)

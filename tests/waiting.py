@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], seconds: float) -> float:
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> float:
     """Wait until it holds; give how long that took."""
     started = time.monotonic()
     while not condition():
