@@ -172,7 +172,7 @@ def test_every_line_has_a_result_in_its_place(tmp_path: Path, config: Path) -> N
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_a_kill_at_any_point_loses_no_line_and_doubles_none(tmp_path: Path, config: Path) -> None:
-    """Killed at random: the command, the program that it runs, all. What is left ends by itself, and the run goes on."""
+    """Killed are the command, the program that it runs, then all. What is left ends by itself, and the run goes on."""
     chance = random.Random(6)
     lines = [asking(f"q{n}", QUESTIONS[n % len(QUESTIONS)]) for n in range(600)]
     source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
