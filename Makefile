@@ -33,7 +33,7 @@ serve: $(STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/cleave serve $(CONFIG)
 
 test: $(STAMP)
-	@$(BIN)/python -m tests.browser_setup
+	@$(BIN)/python -m tests.system_setup
 	@$(BIN)/python -m tests.node_setup
 	$(BIN)/python -m pytest -m "not ray" $(TWO_FILES) $(PYTEST_ARGS) || [ $$? = 5 ]  # 5: none was asked for.
 	$(BIN)/python -m pytest -m ray $(PYTEST_ARGS) || [ $$? = 5 ]

@@ -167,7 +167,7 @@ def take_screenshot(dashboard: str, path: Path) -> None:
     """Photograph the dashboard's page of the application as it is now."""
     from playwright.sync_api import sync_playwright
 
-    from tests.browser_setup import find_browser
+    from tests.system_setup import find_browser
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox", "--disable-gpu"])

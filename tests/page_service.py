@@ -17,9 +17,9 @@ from app.errors import CleaveError
 from app.llm import LLM
 from app.llm.extractive import ExtractiveEngine
 from app.settings import AnswerSettings, APISettings, EmbeddingSettings
-from tests.browser_setup import find_browser
 from tests.conftest import ServiceThread, sample_settings
 from tests.scripted_llm import ScriptedLLM
+from tests.system_setup import find_browser
 
 # A busy machine encodes slowly; what is waited for is a condition, not a time.
 expect.set_options(timeout=60_000)
@@ -46,7 +46,7 @@ DROP = """(files) => {
 
 NEEDS_BROWSER = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_browser() is None, reason="no Chromium: run `python -m tests.browser_setup` as root"),
+    pytest.mark.skipif(find_browser() is None, reason="no Chromium: run `python -m tests.system_setup` as root"),
 ]
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -14,13 +13,16 @@ import psutil
 import pytest
 
 from tests.running_service import RunningService, free_port, running, write_config
+from tests.system_setup import find_redis
 from tests.test_batches import asking, client_of, line, read, write_lines
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 
-NUM_LINES = 60
-PATIENCE_S = 120.0
+NUM_LINES = 120
+BATCHES = "ServeReplica:cleave:Batches"
+KILLED = (BATCHES, "ServeReplica:cleave:Ingress", "ServeReplica:cleave:Retriever", "ServeReplica:cleave:LLM", BATCHES)
+PATIENCE_S = 480.0
 ENDS = ("completed", "failed", "expired", "cancelled")
 
 
@@ -34,7 +36,7 @@ class Redis:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        program = shutil.which("redis-server")
+        program = find_redis()
         assert program
         command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._folder)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -51,8 +53,8 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Redis | N
     if request.param == "files":
         yield None
         return
-    if shutil.which("redis-server") is None:
-        pytest.skip("there is no redis-server: install Debian's package redis-server")
+    if find_redis() is None:
+        pytest.skip("no Redis: run `python -m tests.system_setup` as root")
     redis = Redis(tmp_path)
     redis.start()
     yield redis
@@ -78,11 +80,12 @@ def check_end(client: openai.OpenAI, batch: openai.types.Batch, count: int) -> N
     assert [one["custom_id"] for one in read(client, done.output_file_id)] == [f"q{n}" for n in range(count)]
 
 
-def replicas(service: RunningService) -> list[psutil.Process]:
+def processes(service: RunningService, name: str) -> list[psutil.Process]:
+    """Find those of one of Ray's actors."""
     found = []
     for one in service.descendants():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "ServeReplica:cleave:Batches" in " ".join(one.cmdline()):
+            if name in " ".join(one.cmdline()):
                 found.append(one)
     return found
 
@@ -97,22 +100,24 @@ def written(folder: Path) -> dict[str, list[Any]]:
     return found
 
 
-def test_batches_outlive_their_replicas_and_their_queue(tmp_path: Path, broker: Redis | None) -> None:
+def test_batches_outlive_every_part_and_their_queue(tmp_path: Path, broker: Redis | None) -> None:
     batch_settings = {} if broker is None else {"batch": {"broker_url": broker.url}}
     config = write_config(tmp_path, llm={"engine": "extractive"}, seed=None, **batch_settings)
     data = tmp_path / "data"
     with running(config) as service:
-        client = client_of(service.url)
+        # While a part is away, its requests are not answered.
+        client = client_of(service.url).with_options(max_retries=10)
         batch = begin(client, NUM_LINES)
-        for least in (5, 40):
-            wait_until(lambda least=least: num_answered(client, batch) >= least, PATIENCE_S)
+        for num_killed, name in enumerate(KILLED):
+            least = (num_killed + 1) * NUM_LINES // (len(KILLED) + 1)
+            wait_until(lambda least=least: len(written(data)) >= least, PATIENCE_S)
             before = written(data)
-            killed = replicas(service)
+            killed = processes(service, name)
             for one in killed:
                 one.send_signal(signal.SIGKILL)
-            psutil.wait_procs(killed, timeout=30)
-            assert killed
-            wait_until(lambda: replicas(service), PATIENCE_S)
+            psutil.wait_procs(killed, timeout=60)
+            assert killed, name
+            wait_until(lambda name=name: processes(service, name), PATIENCE_S)
         check_end(client, batch, NUM_LINES)
         after = written(data)
         # What was written down stays, and is not asked again.
@@ -120,7 +125,7 @@ def test_batches_outlive_their_replicas_and_their_queue(tmp_path: Path, broker: 
         assert all(len(ids) == 1 for ids in after.values())
 
         # Nothing takes entries while there is no replica; then the queue loses all of them.
-        for one in replicas(service):
+        for one in processes(service, BATCHES):
             one.send_signal(signal.SIGKILL)
         lost = begin(client, 3)
         if broker is None:

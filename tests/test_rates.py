@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from app.settings import AccessSettings
 from tests.keyed_service import ADDRESS, QUESTION, add, error_of, keyed_service, settings_for
 from tests.running_service import free_port
 from tests.scripted_llm import ScriptedLLM
+from tests.system_setup import find_redis
 from tests.test_api import serving
 from tests.tiny_models import make_encoder
 
@@ -106,9 +106,8 @@ early_in_a_window = pytest.mark.usefixtures("_early_in_a_window")
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    program = shutil.which("redis-server") or shutil.which("valkey-server")
-    if program is None:
-        pytest.skip("no redis-server")
+    if (program := find_redis()) is None:
+        pytest.skip("no Redis: run `python -m tests.system_setup` as root")
     path = tmp_path_factory.mktemp("redis") / "socket"
     command = [program, "--port", "0", "--unixsocket", str(path), "--save", "", "--requirepass", "a secret"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=path.parent) as process:
