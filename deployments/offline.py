@@ -41,7 +41,7 @@ from app.retrieval import Retriever
 from app.services import build_llm, build_retriever, spare_from_collection
 from app.settings import Device, Settings
 from app.telemetry import configure_logging, logger
-from deployments.placement import business_options, choose_device, llm_options
+from deployments.placement import business_options, choose_device, cluster_has_gpu, llm_options
 from deployments.replica import end_when_dead
 
 INTERRUPTED = 130
@@ -182,10 +182,11 @@ def _dataset(
     index: Index, source: Path, settings: Settings, device: Device, base_url: str, patience_s: float
 ) -> Dataset:
     """Tie the stages together. Only this node is sure to have the input, and the documents of an embedded store."""
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    # Without a reservation: the head of a cluster often offers no CPUs.
+    here = {"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
     num_engines = int(ray.cluster_resources().get("GPU", 1)) if device == "gpu" else 1
     is_shared = settings.store.kind == "server"
-    placed = business_options(device, num_cpus=0.4) if is_shared else {"num_cpus": 0.4, "label_selector": here}
+    placed = business_options(device, num_cpus=0.4) if is_shared else here
     retrieval = ray.remote(_Retrieval).options(max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, **placed)
     retrievals = [
         retrieval.remote(settings, device, base_url, patience_s) for _ in range(max(num_engines, 1) if is_shared else 1)
@@ -197,9 +198,8 @@ def _dataset(
         batch_size=None,
         batch_format="pyarrow",
         fn_args=(source, retrievals),
-        num_cpus=0.1,
         compute=TaskPoolStrategy(size=NUM_READERS),
-        label_selector=here,
+        **here,
     ).map_batches(
         _Generation,
         batch_size=None,
@@ -242,6 +242,10 @@ def _run(
     if not is_empty:
         _start_ray(address)
     device: Device = "cpu" if is_empty else choose_device(settings)
+    if device == "gpu" and not cluster_has_gpu():
+        raise ConfigurationError(
+            f"llm.device is gpu, and {'no node' if address else 'Ray here'} has one. Set it to cpu."
+        )
     run = {"input": found, "settings": settings_of_answers(settings, device)}
     with Output.open(target, run, overwrite=overwrite) as output:
         num_before = output.num_done

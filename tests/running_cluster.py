@@ -45,14 +45,19 @@ class RunningCluster:
 
     def __init__(self, cluster: Cluster, dashboard: str, environment: Mapping[str, str]) -> None:
         self._cluster = cluster
-        self._environment = environment
+        self.environment = environment
         self.dashboard = dashboard
         self.url = ""
 
     def add(self, **resources: float) -> Any:
         """Add a node and return it; `node.node_id` is its id."""
-        with _environment(self._environment):
+        with _environment(self.environment):
             return self._cluster.add_node(**resources)
+
+    @property
+    def address(self) -> str:
+        """Where Ray's drivers reach it."""
+        return str(self._cluster.address)
 
     def nodes(self) -> list[Any]:
         """All nodes but the head."""
@@ -68,7 +73,7 @@ class RunningCluster:
         program = Path(sys.executable).with_name("serve")
         done = subprocess.run(
             [str(program), "deploy", str(config), "--address", self.dashboard],
-            env={**os.environ, **self._environment},
+            env={**os.environ, **self.environment},
             capture_output=True,
             text=True,
             timeout=240,

@@ -2,11 +2,12 @@
 
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from app.batch_lines import is_success
 from app.config import load_config
 from app.offline_output import part_path
 from tests.conftest import ARTICLES, ROOT, running
+from tests.running_cluster import running_cluster
 from tests.running_service import write_config
 from tests.waiting import wait_until
 
@@ -44,8 +46,16 @@ def command(*arguments: str | Path) -> list[str]:
     return [PROGRAM, "batch", *map(str, arguments)]
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, cwd=ROOT, timeout=TIMEOUT_S)
+def run(*arguments: str | Path, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=TIMEOUT_S,
+        env={**os.environ, **(environment or {})},
+    )
 
 
 @pytest.fixture
@@ -225,3 +235,21 @@ def test_documents_that_a_service_holds_are_left_to_it(tmp_path: Path, config: P
     assert ended.returncode == 2
     assert "The documents are open in another process, such as the service" in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_cluster_answers_also_where_its_head_offers_no_cpus(tmp_path: Path, config: Path) -> None:
+    lines = [asking(f"q{n}", question) for n, question in enumerate(QUESTIONS)]
+    source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    with running_cluster({"num_cpus": 2}) as cluster:
+        there = ("--address", cluster.address)
+        wrong = write_config(tmp_path / "gpu", seed=str(ARTICLES), llm={"engine": "extractive", "device": "gpu"})
+        refused = run(source, target, "--config", wrong, *there, environment=cluster.environment)
+        assert refused.returncode == 2
+        assert "llm.device is gpu, and no node has one" in refused.stderr
+        ended = run(source, target, "--config", config, *there, environment=cluster.environment)
+    assert ended.returncode == 0, ended.stderr
+    assert [one["custom_id"] for one in read(target)] == [line["custom_id"] for line in lines]
+    assert all(map(is_success, read(target)))
