@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.errors import StorageFull
+from app.errors import StorageFull, TooLarge
+from app.json_limits import MAX_VALUES, check_num_values
 
 ENDPOINT = "/v1/chat/completions"
 MAX_ID_CHARACTERS = 512
@@ -109,8 +110,9 @@ def parse_question(line: bytes, number: int) -> BatchRequest:
     content = _object(line)
     if "question" not in content:
         return parse_request(line)
-    question, custom_id = content.pop("question"), content.pop("id", None)
-    custom_id = content.pop("custom_id", custom_id)
+    question, other_id = content.pop("question"), content.pop("id", None)
+    custom_id = content.pop("custom_id", None)
+    custom_id = other_id if custom_id is None else custom_id
     if not isinstance(question, str) or not question.strip():
         raise LineRefused("invalid_value", "question must be a text that is not empty.", "question")
     name = f"line-{number}" if custom_id is None else str(custom_id)
@@ -148,7 +150,10 @@ def _object(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
         raise LineRefused("too_large", f"This line has more than {MAX_LINE_BYTES // 2**20} MiB.")
     try:
+        check_num_values(line, most=MAX_VALUES)
         content = json.loads(line)
+    except TooLarge as error:
+        raise LineRefused("too_large", f"This line: {error.message}") from None
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is not UTF-8 text, or nested too deeply"
         raise LineRefused("invalid_json_line", f"This line is not valid JSON: {reason}.") from None

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import threading
 import time
 from array import array
@@ -257,7 +258,7 @@ class BatchStore:
 
     def _prepared(self, folder: Path, batch: Batch) -> Batch:
         if (folder / CANCEL).exists():
-            return replace(batch, status="cancelled", cancelled_at=time.time())
+            return replace(batch, status="cancelled", cancelling_at=_cancelled_at(folder), cancelled_at=time.time())
         try:
             errors, offsets, numbers = _inspect(self._files.content(batch.input_file_id))
         except StoredFileNotFound as error:
@@ -268,6 +269,10 @@ class BatchStore:
         starts = list(zip(offsets[::size], numbers[::size], strict=True))
         write_whole(folder / PARTS, json.dumps({"size": size, "starts": starts}).encode())
         return replace(batch, status="in_progress", in_progress_at=time.time(), num_requests=len(offsets))
+
+    def is_worked_on(self, batch_id: str) -> bool:
+        """Tell whether some process holds a part of it."""
+        return _is_worked_on(self._path(batch_id))
 
     def take_part(self, batch: Batch) -> Part | None:
         """Hold the next part that nobody works on; None where there is none left."""
@@ -308,6 +313,8 @@ class BatchStore:
                 # From here on nobody takes a part; who has one lets go of it soon.
                 if found.status == "finalizing" and (found.ending == "completed" or not _is_worked_on(folder)):
                     _write_state(folder, self._finished(folder, found))
+                    # Its answers are in its files, which can be deleted.
+                    shutil.rmtree(folder / "parts", ignore_errors=True)
         return self.read(batch_id)
 
     def _ending(self, folder: Path, batch: Batch) -> Ending | None:
@@ -334,7 +341,7 @@ class BatchStore:
         counts = _counts(folder)
         if batch.ending == "expired":
             counts["num_failed"] = batch.num_requests - counts["num_completed"]
-        times = {f"{batch.ending}_at": time.time()}
+        times = {f"{batch.ending}_at": time.time(), "cancelling_at": _cancelled_at(folder)}
         changes: dict[str, Any] = {"status": batch.ending, **counts, **files, **times}
         return replace(batch, **changes)
 
@@ -366,11 +373,8 @@ class BatchStore:
             return batch
         counts: dict[str, Any] = _counts(folder)
         found = replace(batch, **counts)
-        try:
-            cancelling_at = (folder / CANCEL).stat().st_mtime
-        except FileNotFoundError:
-            return found
-        return replace(found, status="cancelling", cancelling_at=cancelling_at)
+        cancelling_at = _cancelled_at(folder)
+        return replace(found, status="cancelling", cancelling_at=cancelling_at) if cancelling_at else found
 
     def _path(self, batch_id: str) -> Path:
         return self._folder / batch_id
@@ -429,6 +433,14 @@ def _is_worked_on(folder: Path) -> bool:
             return True
         hold.release()
     return False
+
+
+def _cancelled_at(folder: Path) -> float | None:
+    """Say since when somebody wants it to end."""
+    try:
+        return (folder / CANCEL).stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _counts(folder: Path) -> dict[str, int]:

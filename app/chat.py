@@ -126,10 +126,19 @@ class ChatService:
         self._settings = settings
         self._planning = planning or PlanningSettings()
 
-    def over(self, searcher: Searcher, llm: LLM, *, settings: AnswerSettings | None = None) -> "ChatService":
-        """Make the same service over other parts."""
-        settings = settings or self._settings
-        return ChatService(searcher, llm, grounding=self._grounding, settings=settings, planning=self._planning)
+    def over(
+        self,
+        searcher: Searcher,
+        llm: LLM,
+        *,
+        settings: AnswerSettings | None = None,
+        rewrite_timeout_s: float | None = None,
+    ) -> "ChatService":
+        """Make the same service over other parts, perhaps with other limits."""
+        settings, planning = settings or self._settings, self._planning
+        if rewrite_timeout_s is not None:
+            planning = planning.model_copy(update={"rewrite_timeout_s": rewrite_timeout_s})
+        return ChatService(searcher, llm, grounding=self._grounding, settings=settings, planning=planning)
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Yield an `AnswerStart`, the text in pieces, and an `AnswerEnd`.

@@ -1,7 +1,7 @@
 """What outlives its process: files that are there whole or not at all, and what one process has at a time.
 
-A hold is the operating system's own lock on the folder: it ends with the process, however that ends, and needs
-neither a clock nor a heartbeat. It counts between processes of one machine, and where the file system carries it
+A hold is the operating system's own lock on a file in the folder: it ends with the process, however that ends, and
+needs neither a clock nor a heartbeat. It counts between processes of one machine, and where the file system carries it
 (NFS from version 4 on) between machines.
 """
 
@@ -17,6 +17,7 @@ from typing import ParamSpec, Self, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+HOLD = ".hold"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """What the file system says when there is no room, or none that this user may fill."""
 
@@ -70,7 +71,8 @@ class Hold:
     def take(cls, folder: Path) -> Self | None:
         """Hold a folder; None when another holds it, in whichever process, or when it is gone."""
         try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            # A file that is open for writing: over NFS, others learn of no lock on the folder itself.
+            descriptor = os.open(folder / HOLD, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
             return None
         try:

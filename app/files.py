@@ -20,7 +20,7 @@ from app.durable import Hold, sync_folder, write_whole
 from app.errors import InvalidRequest, StoredFileNotFound, TooLarge
 from app.identifiers import new_id, pattern
 from app.settings import APISettings, BatchSettings
-from app.uploads import FILES, UploadWriter, explained
+from app.uploads import FILES, UploadWriter, explained, remove_abandoned
 
 Purpose: TypeAlias = Literal["batch", "batch_output"]
 
@@ -51,6 +51,10 @@ class FileStore:
     def new_upload(self) -> UploadWriter:
         """Give what writes a file where it can be taken over."""
         return UploadWriter(self._uploads, self._limits)
+
+    def clean_up(self) -> None:
+        """Remove what processes have left that were killed in the middle of a file."""
+        remove_abandoned(self._uploads)
 
     def take_over(self, upload: UploadWriter, *, key_id: str | None) -> StoredFile:
         """Keep the one file of an upload. Raises `InvalidRequest` when there is not one, and as the upload does."""

@@ -187,7 +187,9 @@ class _Pipeline:
         """Answer a request with what this searcher finds."""
         caller.set(Caller(None, self._settings.store.collection))
         answering = _Answering(self._settings, self._llm, self._chat.over(searcher, self._llm))
-        return await persistently(request, lambda: answer(answering, request, base_url=base_url), patience_s=PATIENCE_S)
+        return await persistently(
+            request, lambda: answer(answering, request, base_url=base_url), self._llm, patience_s=PATIENCE_S
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app.batch_lines import is_success
-from app.durable import FULL, write_whole
+from app.durable import FULL, sync_folder, write_whole
 from app.errors import InvalidRequest, StorageFull
 
 SYNC_EVERY_S = 1.0
@@ -25,8 +25,9 @@ SYNC_EVERY_S = 1.0
 class Output:
     """Results that this process writes, and nobody else meanwhile. A context manager; all of it blocks."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, *, overwrites: bool) -> None:
         self._path = path
+        self._overwrites = overwrites
         self._part, self._run = part_path(path), _beside(path, ".run")
         self._descriptor = descriptor
         self._synced_at = time.monotonic()
@@ -48,7 +49,7 @@ class Output:
         with _explained(path):
             is_continued = part_path(path).exists()
             descriptor = os.open(part_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            output = cls(path, descriptor)
+            output = cls(path, descriptor, overwrites=overwrite)
             output.is_continued = is_continued
             try:
                 output._hold()
@@ -78,10 +79,12 @@ class Output:
                 self._synced_at = time.monotonic()
 
     def finish(self) -> None:
-        """Give the results their name: there are all."""
+        """Give the results their name: there are all. Raises `InvalidRequest` when it was taken meanwhile."""
+        check_output(self._path, overwrite=self._overwrites)
         with _explained(self._path):
             os.fsync(self._descriptor)
             self._part.rename(self._path)
+            sync_folder(self._path.parent)
             self._run.unlink(missing_ok=True)
 
     def close(self) -> None:

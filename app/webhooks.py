@@ -91,11 +91,11 @@ class Webhooks:
         }
         problem = ""
         try:
-            async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+            async with asyncio.timeout(TIMEOUT_S), httpx.AsyncClient(timeout=TIMEOUT_S) as client:
                 response = await client.post(url, content=body, headers=headers)
             if not response.is_success:
                 problem = f"it answered {response.status_code}"
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             problem = f"{type(error).__name__}: {error}"
         extra = {"batch_id": batch.id, "num_attempts": content["num_attempts"] + 1}
         if not problem:

@@ -237,6 +237,8 @@ def _run(
     check_output(target, overwrite=overwrite)
     if target.exists() and target.samefile(source):
         raise InvalidRequest("The output would take the place of the input. Name another file.")
+    if source.exists() and not source.is_file():
+        raise InvalidRequest(f"{source} is no regular file. Write its content to one first.")
     found = fingerprint(source)
     is_empty = next(read_lines(source), None) is None
     if not is_empty:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from app.api import uploads
-from app.api.json_bodies import MAX_VALUES, PIECE, check_num_values
 from app.errors import TooLarge
+from app.json_limits import MAX_VALUES, PIECE, check_num_values
 from tests.keyed_service import error_of, keyed_service, settings_for
 from tests.test_access import ROUTES
 from tests.test_bad_connections import assert_unharmed, connect

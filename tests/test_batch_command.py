@@ -118,6 +118,13 @@ def test_the_output_cannot_take_the_place_of_the_input(tmp_path: Path, config: P
     assert read(source) == [{"question": "Why?"}]
 
 
+def test_an_input_that_can_be_read_but_once_is_refused(tmp_path: Path, config: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    ended = run(pipe, tmp_path / "out.jsonl", "--config", config)
+    assert ended.returncode == 2
+    assert f"{pipe} is no regular file. Write its content to one first." in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"), ("ray://head:10001/", "is neither HOST:PORT")],

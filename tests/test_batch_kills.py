@@ -1,5 +1,6 @@
 """Batches of which the workers are killed all the time: each request has one answer in the end, none is lost."""
 
+import contextlib
 import json
 import random
 import subprocess
@@ -54,11 +55,17 @@ class Killed:
         """Give the ids of the results that are written down, by batch and request; a result twice is an error."""
         found: dict[str, str] = {}
         for path in sorted(self.folder.path.glob(f"batches/*/parts/*/{RESULTS}")):
-            for one in path.read_bytes().split(b"\n")[:-1]:
-                result = json.loads(one)["result"]
-                name = f"{path.parent.parent.parent.name} {result['custom_id']}"
-                assert name not in found, name
-                found[name] = result["id"]
+            with contextlib.suppress(FileNotFoundError):  # Its batch has just ended.
+                for one in path.read_bytes().split(b"\n")[:-1]:
+                    result = json.loads(one)["result"]
+                    name = f"{path.parent.parent.parent.name} {result['custom_id']}"
+                    assert name not in found, name
+                    found[name] = result["id"]
+        for batch in self.folder.batches.recent(after=None):
+            if batch.output_file_id is not None:
+                for one in self.folder.files.content(batch.output_file_id).read_bytes().splitlines():
+                    result = json.loads(one)
+                    assert found.setdefault(f"{batch.id} {result['custom_id']}", result["id"]) == result["id"]
         return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -122,7 +123,9 @@ REFUSED: list[tuple[bytes, str, str | None]] = [
     (b"\xff\xfe", "invalid_json_line", None),
     (b"[1]", "invalid_json_line", None),
     (b'"text"', "invalid_json_line", None),
-    (b"[" * 100_000, "invalid_json_line", None),
+    (b"[" * 10_000, "invalid_json_line", None),
+    (b"[" * 100_000, "too_large", None),
+    (json.dumps(request("a", body={**BODY, "metadata": {"x": [0] * 30_000}})).encode(), "too_large", None),
     (b"1" * 10_000, "invalid_json_line", None),
     (json.dumps(request(None)).encode(), "missing_required_parameter", "custom_id"),
     (json.dumps(request("")).encode(), "missing_required_parameter", "custom_id"),
@@ -265,12 +268,18 @@ def test_to_finish_twice_changes_nothing(folder: Folder) -> None:
 
 def test_a_kill_between_the_output_file_and_the_state_makes_no_second_file(folder: Folder) -> None:
     batch = folder.prepare(many(3))
-    done = folder.work_off(batch)
+    with folder.take(batch) as part:
+        answer(part)
+        part.finish()
+    shutil.copytree(folder.of(batch) / "parts", parts := folder.path / "parts")
+    done = folder.batches.finish(batch.id)
+    assert not (folder.of(batch) / "parts").exists()
     for state in (
         replace(batch, status="in_progress"),
         replace(batch, status="finalizing", ending="completed", finalizing_at=time.time()),
     ):
         batches._write_state(folder.of(batch), state)
+        shutil.copytree(parts, folder.of(batch) / "parts")
         again = folder.batches.finish(batch.id)
         assert (again.status, again.output_file_id) == ("completed", done.output_file_id)
         assert folder.read(again.output_file_id) == ["q0", "q1", "q2"]

@@ -13,7 +13,7 @@ import pytest
 
 from app import batch_worker, keys
 from app.domain import Delta, GenerationRequest
-from app.errors import CleaveError, LLMUnavailable
+from app.errors import CleaveError, LLMUnavailable, Overloaded
 from app.keys import create_key, keys_path, revoke_key
 from app.rates import Rates
 from app.settings import APISettings, BatchSettings, Settings
@@ -107,7 +107,6 @@ WRONG: dict[str, dict[str, Any]] = {
     "too many answers": asking("?", n=2),
     "a collection that is not there": asking("?", rag={"collection": "elsewhere"}),
     "a text that is none": asking("\ud800"),
-    "too many values": asking("?", metadata={"x": [0] * 30_000}),
     "a schema that is none": asking(
         "?", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
     ),
@@ -244,6 +243,19 @@ class GatedLLM(ScriptedLLM):
 RAW = {"model": "scripted", "messages": [{"role": "user", "content": "?"}]}
 
 
+class SpoiltLLM(GatedLLM):
+    """Is there, and loses whoever asks for poison."""
+
+    def __init__(self) -> None:
+        super().__init__(is_open=True)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        if request.messages[-1].content == "poison":
+            raise LLMUnavailable("The engine gave the request up.")
+        async for delta in super().generate(request):
+            yield delta
+
+
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WATCH_S", "SEARCHED_EVERY_S", "MIN_RETRY_S"):
@@ -295,6 +307,29 @@ def test_what_passes_by_itself_is_waited_for(tmp_path: Path, hurry: None) -> Non
     assert found["raw"]["choices"][0]["message"]["content"] == "An answer."
     assert len(llm.requests) == 4
     assert all(one.is_background for one in llm.requests)
+
+
+def test_a_model_that_has_too_much_to_do_is_waited_for(tmp_path: Path, hurry: None) -> None:
+    llm = GatedLLM(*(Overloaded("Full.") for _ in range(8)), is_open=True)
+    with running(sample_settings(tmp_path, seed=ARTICLE), llm) as service:
+        client = client_of(service.url)
+        done = run(client, write_lines([line("raw", RAW), line("rag", asking(QUESTIONS[0]))]))
+        assert (done.status, done.error_file_id) == ("completed", None)
+        found = {one["custom_id"]: one["response"]["body"] for one in read(client, done.output_file_id)}
+    assert [one["rag"]["degraded"] for one in found.values()] == [[], []]
+    assert not llm.failures
+
+
+def test_a_request_that_the_model_cannot_answer_fails_alone(tmp_path: Path, hurry: None) -> None:
+    poison = {**RAW, "messages": [{"role": "user", "content": "poison"}]}
+    with running(gated_settings(tmp_path), SpoiltLLM()) as service:
+        client = client_of(service.url)
+        done = run(client, write_lines([line("a", RAW), line("poison", poison), line("b", RAW)]))
+        assert done.status == "completed"
+        assert [one["custom_id"] for one in read(client, done.output_file_id)] == ["a", "b"]
+        (failed,) = read(client, done.error_file_id)
+    assert failed["custom_id"] == "poison"
+    assert (failed["response"]["status_code"], failed["response"]["body"]["error"]["code"]) == (503, "llm_unavailable")
 
 
 def test_a_full_disk_keeps_a_batch_waiting(tmp_path: Path, hurry: None) -> None:
@@ -419,3 +454,17 @@ def test_a_keys_rate_is_waited_for(tmp_path: Path, hurry: None, monkeypatch: pyt
         assert (done.status, done.error_file_id) == ("completed", None)
         assert [one["custom_id"] for one in read(client, done.output_file_id)] == [f"q{n}" for n in range(8)]
     assert len(llm.requests) == 8
+
+
+def test_a_key_that_waits_for_its_rate_holds_up_nobody(tmp_path: Path, hurry: None) -> None:
+    settings = gated_settings(tmp_path)
+    path = keys_path(settings)
+    # Of its own requests to the API, too: those are the administrator's here.
+    slow = create_key(path, "slow", read=["*"], requests_per_minute=3)[1]
+    quick, admin = create_key(path, "quick", read=["*"])[1], create_key(path, "a", is_admin=True)[1]
+    with running(settings, GatedLLM(is_open=True)) as service:
+        begun = begin(client_of(service.url, slow), write_lines([line(f"q{n}", RAW) for n in range(100)]))
+        client = client_of(service.url, quick)
+        done = run(client, write_lines([line(f"q{n}", RAW) for n in range(50)]))
+        assert (done.status, done.error_file_id) == ("completed", None)
+        assert client_of(service.url, admin).batches.retrieve(begun.id).status == "in_progress"

@@ -13,7 +13,8 @@ from app.config import DEPLOYMENTS
 APP = Path(__file__).parent.parent / "app"
 LAYERS = [
     {"addresses", "batch_queue", "domain", "errors", "identifiers", "placement"},
-    {"settings", "batch_lines"},
+    {"settings", "json_limits"},
+    {"batch_lines"},
     {"telemetry", "config", "dashboard", "durable"},
     {"keys"},
     {"access", "rates"},

@@ -627,7 +627,7 @@ async def test_a_second_process_is_refused_in_one_line(tmp_path: Path) -> None:
     second = run_python(OPEN, tmp_path / "collection")
     _, errors = second.communicate()
     *_, line = errors.strip().splitlines()
-    assert line.startswith("app.errors.ConfigurationError: The folder ")
+    assert line.startswith("app.errors.StoreInUse: The folder ")
     assert str(tmp_path / "collection") in line
     assert "open in another process" in line
     assert "store.kind" in line

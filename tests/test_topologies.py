@@ -319,6 +319,8 @@ REQUESTS: dict[str, Request] = {
         holds=('"completed"', '"updated"', "has no text", '"is_ended": true'),
         send=in_background(herons(5), "elsewhere"),
     ),
+    "no-file": get("/v1/files/nothing", 404, "file_not_found"),
+    "no-batch": get("/v1/batches/nothing", 404, "batch_not_found"),
     "no-ingestion": get("/v1/ingestions/nothing", 404, "ingestion_not_found"),
     "list-filtered": get('/v1/documents?collection=elsewhere&filters={"team": "ponds"}', holds=('"total": 1',)),
     "read-chunk": get(f"{HERON_PATH}?collection=elsewhere&chunk=0", holds=("5 May",)),

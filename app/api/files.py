@@ -54,7 +54,7 @@ def files_router(services: Services) -> APIRouter:
 
     @router.get("/v1/files", responses={200: {"model": Pages[FileBody]}})
     async def list_files(
-        limit: int = Query(100, ge=1, le=1000),
+        limit: int = Query(100, ge=1, le=10_000),
         after: str | None = Query(None, max_length=64, description="the last id of the page before"),
         purpose: Literal["batch", "batch_output"] | None = None,
     ) -> dict[str, Any]:

@@ -1,23 +1,12 @@
-"""JSON of too many values, refused before it is parsed.
+"""Routes whose JSON is counted before it is parsed."""
 
-A value takes a hundred times its bytes, and each that is wrong an error of its own: two megabytes of brackets would
-hold up everybody else for many seconds.
-"""
-
-import re
 from collections.abc import Callable, Coroutine
-from itertools import islice
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from app.errors import TooLarge
-
-MAX_VALUES = 20_000
-"""Of a question; a thousand messages have a third of it."""
-PIECE = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[,\[{]', re.DOTALL)
-"""A text, or what stands before a further value."""
+from app.json_limits import MAX_VALUES, check_num_values
 
 
 class JSONRoute(APIRoute):
@@ -33,9 +22,3 @@ class JSONRoute(APIRoute):
             return await handler(request)
 
         return handle
-
-
-def check_num_values(body: bytes, *, most: int) -> None:
-    """Raise `TooLarge` for a body of more texts and values than that."""
-    if next(islice(PIECE.finditer(body), most, None), None):
-        raise TooLarge(f"The body holds more than {most} texts and values. Send less at once.")

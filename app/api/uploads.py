@@ -13,13 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 from app.access import caller
 from app.api.bodies import FileReceipt, IngestionBody, Listed
 from app.api.ingestions import ingestion_body
-from app.api.json_bodies import check_num_values
 from app.api.multipart import receive_form
 from app.api.schemas import DocumentBody, DocumentsBody, InCollection
 from app.domain import Document, Scalar
 from app.durable import finish_in_thread
 from app.errors import InvalidRequest, UnreadableFile
 from app.ingestion_jobs import Ingestions
+from app.json_limits import check_num_values
 from app.loaders import normalise
 from app.retrieval import Retriever
 from app.services import Services

@@ -47,7 +47,7 @@ def batch(
 
     settings = load_config(config).settings
     check_output(target, overwrite=overwrite)
-    log = settings.data_dir / "logs" / "batch.log"
+    log = settings.data_dir / "logs" / f"batch-{target.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = [str(source), str(target), "--config", str(config)]
     arguments += ["--address", address] if address else []
@@ -55,7 +55,7 @@ def batch(
     with _running(arguments, log) as process, open_progress(TextColumn("{task.fields[said]}")) as progress:
         last = _follow(process, progress)
         code = process.wait()
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):  # The latter: before it could attend to them.
         done = f" after {last['done']} of {last['total']}" if last.get("phase") == "answering" else ""
         open_console(stderr=True).print(f"Stopped{done}. Run the same again to go on.")
     elif last.get("phase") == "failed":
@@ -66,7 +66,7 @@ def batch(
         if not last["summary"]["requests"]:
             open_console(stderr=True).print(f"{source} holds no request, so {target} holds no result.")
         _print_summary(last["summary"], as_json)
-    raise typer.Exit(code)
+    raise typer.Exit(INTERRUPTED if code < 0 else code)
 
 
 @contextmanager
