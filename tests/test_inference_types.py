@@ -15,7 +15,7 @@ from tests.waiting import wait_until
 
 ENDPOINT = "/v1/chat/completions"
 QUESTIONS = [json.loads(line)["question"] for line in (ROOT / "examples" / "questions.jsonl").read_text().splitlines()]
-NUM_QUESTIONS = 12
+NUM_QUESTIONS = 8
 TIMEOUT_S = 600
 
 
