@@ -53,10 +53,13 @@ async def test_where_there_is_room_for_both_nobody_makes_way() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 async def test_an_answer_that_made_way_again_and_again_is_the_same(tmp_path: Path) -> None:
+    """In float32: in bfloat16 a token that is read again may differ from when it was made, by a rounding."""
     share_prepared_models(tmp_path)
-    llm = await build_llm(Settings(data_dir=tmp_path, llm=LLMSettings(max_num_seqs=4, stream_interval=2)), "cpu")
+    options = {"dtype": "float32"}
+    settings = Settings(data_dir=tmp_path, llm=LLMSettings(max_num_seqs=4, stream_interval=2, engine_options=options))
+    llm = await build_llm(settings, "cpu")
     try:
         alone = await text_of(llm, "alone", is_background=True)
         story = asyncio.create_task(text_of(llm, "beside", is_background=True))
