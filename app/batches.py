@@ -284,7 +284,8 @@ class BatchStore:
                     continue
                 with explained(folder):
                     part.mkdir(parents=True, exist_ok=True)
-                if hold := Hold.take(part):
+                    hold = Hold.take(part)
+                if hold is not None:
                     # Again, since it may have been done, or the batch ended, meanwhile.
                     if not (part / DONE).exists() and _state(folder).status == "in_progress":
                         return Part(part, hold, list(lines))
@@ -371,7 +372,12 @@ class BatchStore:
         """Add up what is answered so far, and tell of a wish to end it."""
         if batch.is_finished:
             return batch
-        counts: dict[str, Any] = _counts(folder)
+        counts: dict[str, Any] = {}
+        with suppress(FileNotFoundError):
+            counts = _counts(folder)
+        # Its parts go when it ends, perhaps just now: then what they hold no longer counts.
+        if (ended := _state(folder)).is_finished:
+            return ended
         found = replace(batch, **counts)
         cancelling_at = _cancelled_at(folder)
         return replace(found, status="cancelling", cancelling_at=cancelling_at) if cancelling_at else found
@@ -421,9 +427,12 @@ def _error(code: str, message: str, param: str | None = None, line: int | None =
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
     """Read the lines that have an end; there are none while there is no file."""
-    if path.exists():
-        with path.open("rb") as file:
-            yield from (line for line in file if line.endswith(b"\n"))
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        yield from (line for line in file if line.endswith(b"\n"))
 
 
 def _is_worked_on(folder: Path) -> bool:

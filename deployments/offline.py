@@ -36,7 +36,7 @@ from app.domain import SearchQuery, SearchResult
 from app.errors import CleaveError, ConfigurationError, InvalidRequest, RetrieverUnavailable, StoreInUse
 from app.offline_answers import Completion, Load, MeasuredLLM, Preparation, settings_of_answers
 from app.offline_input import MIN_RANGE_LINES, Index, Range, fingerprint, read_index, read_range
-from app.offline_output import Output, check_output
+from app.offline_output import Output
 from app.retrieval import Retriever
 from app.services import build_llm, build_retriever, spare_from_collection
 from app.settings import Device, Settings
@@ -234,7 +234,6 @@ def _run(
     """Answer what is not answered yet; give the summary."""
     started = time.monotonic()
     settings = _absolute(config.settings)
-    check_output(target, overwrite=overwrite)
     if target.exists() and target.samefile(source):
         raise InvalidRequest("The output would take the place of the input. Name another file.")
     if source.exists() and not source.is_file():

@@ -6,8 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from app.files import FileStore, StoredFile
 from app.settings import APISettings, BatchSettings
 from app.uploads import remove_abandoned
 from tests.conftest import ROOT
+from tests.small_disk import fill, small_disk
 
 BODY = {"model": "cleave", "messages": [{"role": "user", "content": "?"}]}
 
@@ -398,36 +397,6 @@ def test_one_file_is_taken_over(folder: Folder) -> None:
 
 
 # --- Full disks ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(path: Path) -> Iterator[Path]:
-    """Mount a disk of 64 KiB."""
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
-    try:
-        finished = subprocess.run(mount, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount")
-    if finished.returncode:
-        pytest.skip("this user may not mount")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
-
-
-def fill(path: Path, *, but: int = 0) -> Path:
-    """Take all room of a disk, but some bytes in the file that is open there."""
-    filler = path / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(4096)) == 4096:
-                pass
-        except OSError:
-            pass
-        file.truncate(file.tell() - but)
-    return filler
 
 
 def test_a_disk_that_fills_up_is_told_and_the_batch_goes_on_when_there_is_room(tmp_path: Path) -> None:

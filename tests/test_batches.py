@@ -19,7 +19,7 @@ from app.rates import Rates
 from app.settings import APISettings, BatchSettings, Settings
 from tests.conftest import ARTICLES, ServiceThread, running, sample_settings
 from tests.scripted_llm import ScriptedLLM
-from tests.test_batch_store import fill, small_disk
+from tests.small_disk import fill, small_disk
 from tests.waiting import wait_until
 
 PATIENCE_S = 60.0

@@ -4,7 +4,6 @@ import asyncio
 import errno
 import json
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from app.settings import APISettings
 from app.uploads import Loaded, UploadWriter, count_documents, load
 from tests.conftest import running as run_service
 from tests.conftest import sample_settings
+from tests.small_disk import small_disk
 from tests.test_ingestions import service
 from tests.waiting import wait_until
 
@@ -372,16 +372,7 @@ def test_an_upload_that_would_fill_the_disk_is_refused_before_it_comes(tmp_path:
 
 
 def test_a_disk_that_fills_up_in_the_middle_is_told_and_given_back(tmp_path: Path) -> None:
-    mounted = tmp_path / "small"
-    mounted.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mounted)]
-    try:
-        finished = subprocess.run(mount, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount")
-    if finished.returncode:
-        pytest.skip("this user may not mount")
-    try:
+    with small_disk(tmp_path / "small", size="2m") as mounted:
         writer = UploadWriter(mounted, APISettings(min_free_bytes=0))
         writer.open()
         writer.begin_file("large.md")
@@ -389,8 +380,6 @@ def test_a_disk_that_fills_up_in_the_middle_is_told_and_given_back(tmp_path: Pat
             writer.write(bytes(5 * 2**20))
         writer.close()
         assert not list(mounted.iterdir())
-    finally:
-        subprocess.run(["umount", str(mounted)], check=True)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def batch(
     with _running(arguments, log) as process, open_progress(TextColumn("{task.fields[said]}")) as progress:
         last = _follow(process, progress)
         code = process.wait()
-    if code in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):  # The latter: before it could attend to them.
+    if code in (-signal.SIGINT, -signal.SIGTERM):  # Before it could attend to them.
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         done = f" after {last['done']} of {last['total']}" if last.get("phase") == "answering" else ""
         open_console(stderr=True).print(f"Stopped{done}. Run the same again to go on.")
     elif last.get("phase") == "failed":
@@ -66,7 +68,7 @@ def batch(
         if not last["summary"]["requests"]:
             open_console(stderr=True).print(f"{source} holds no request, so {target} holds no result.")
         _print_summary(last["summary"], as_json)
-    raise typer.Exit(INTERRUPTED if code < 0 else code)
+    raise typer.Exit(code)
 
 
 @contextmanager
